@@ -1,0 +1,60 @@
+"""Small random networks for tests: factored tensors by artefact name, every parameter perturbed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models.vit import VisionTransformer, build_vit
+
+TINY = ViTGeometry(
+    patch_size=4, width=24, depth=2, heads=3, mlp_width=40, position_grid=4, layer_scale=True, features="class+mean"
+)
+
+
+def random_tensors(
+    geometry: ViTGeometry,
+    rank: int | None = 6,
+    num_classes: int | None = 3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[dict[str, int | None], dict[str, Tensor]]:
+    """`(ranks, tensors)` of a random network; rank None makes every linear dense."""
+    generator = torch.Generator().manual_seed(seed)
+    ranks: dict[str, int | None] = {name: rank for name in geometry.linear_shapes()}
+    tensors = {}
+    for name, shape in geometry.tensor_shapes(ranks, num_classes).items():
+        value = torch.randn(shape, generator=generator, dtype=dtype)
+        if name.endswith((".left", ".right")) or (name.endswith("weight") and len(shape) == 2):
+            value = value / shape[-1] ** 0.5
+        elif name.endswith("weight") or "scale" in name:
+            value = 1 + 0.1 * value
+        else:
+            value = 0.1 * value
+        tensors[name] = value
+    return ranks, tensors
+
+
+def random_vit(
+    geometry: ViTGeometry = TINY,
+    rank: int | None = 6,
+    image_size: int = 16,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> VisionTransformer:
+    """A random network with a classifier of three classes."""
+    ranks, tensors = random_tensors(geometry, rank, seed=seed, dtype=dtype)
+    return build_vit(geometry, ranks, lambda name: tensors[name].clone(), image_size, head=True)
+
+
+def dense_reader(tensors: dict[str, Tensor]):
+    """`read` for `build_vanilla`: factored linears multiplied out."""
+
+    def read(name: str) -> Tensor:
+        if name in tensors:
+            return tensors[name]
+        stem = name.removesuffix(".weight")
+        return tensors[f"{stem}.left"] @ tensors[f"{stem}.right"]
+
+    return read

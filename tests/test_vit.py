@@ -1,0 +1,144 @@
+"""The explicit network against the same network under torch autograd, in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from models import TINY, dense_reader, random_tensors, random_vit
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wasi_edge.layers import block
+from wasi_edge.layers.linear import WasiLinear
+from wasi_edge.layers.saving import Keep, Pass
+from wasi_edge.models.vanilla import build_vanilla
+from wasi_edge.models.vit import artefact_name, build_vit, resample_position
+
+
+@pytest.fixture(autouse=True)
+def textbook_attention(monkeypatch):
+    """The fused kernel's exponential is good to 1e-8 only; `test_layers.py` compares the two."""
+    monkeypatch.setattr(block, "attention_forward", functools.partial(block.attention_forward, fused=False))
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def engine_gradients(model, pixels, dfeatures, keep, gradient_rank=10_000):
+    """Gradients by artefact name, low-rank ones multiplied out to the dense gradient of the product."""
+    generator = torch.Generator().manual_seed(1)
+    for linear in model.linears().values():
+        if isinstance(linear, WasiLinear):
+            linear.start_training(gradient_rank, model.tokens, generator)
+    run = Pass(refresh_basis=True)
+    features, saved = model.features(pixels, run, [keep] * len(model.blocks))
+    gradients = {}
+
+    def collect(layer, parts):
+        for key, value in parts.items():
+            inner, _, last = key.rpartition(".")
+            name = ".".join(part for part in (layer, inner) if part)
+            if last == "projected":
+                gradients[f"{name}.weight"] = value @ model.linears()[name].basis.t()
+            else:
+                gradients[artefact_name(name, last) if name else last] = value.clone()
+
+    features = features.clone()
+    model.backward(saved, dfeatures.clone(), run, collect)
+    return features, gradients
+
+
+def autograd_gradients(geometry, tensors, image_size, pixels, dfeatures):
+    model = build_vanilla(geometry, dense_reader(tensors), image_size, 3).to(pixels.dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = dense_reader(tensors)(name)
+            parameter.copy_(resample_position(value, geometry, image_size) if name == "position" else value)
+    with sdpa_kernel(SDPBackend.MATH):
+        features = model.features(pixels)
+    features.backward(dfeatures)
+    return features.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("keep", [Keep.FULL, Keep.RECOMPUTE])
+@pytest.mark.parametrize("features", ["class", "mean", "class+mean"])
+@pytest.mark.parametrize("layer_scale", [True, False])
+def test_every_gradient_equals_autograd_when_the_basis_is_complete(keep, features, layer_scale):
+    geometry = dataclasses.replace(TINY, features=features, layer_scale=layer_scale)
+    ranks, tensors = random_tensors(geometry)
+    model = build_vit(geometry, ranks, lambda name: tensors[name].clone(), 16, head=True)
+    pixels = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    dfeatures = torch.randn(3, geometry.feature_width, dtype=torch.float64)
+    actual_features, actual = engine_gradients(model, pixels, dfeatures, keep)
+    expected_features, expected = autograd_gradients(geometry, tensors, 16, pixels, dfeatures)
+    assert relative_error(actual_features, expected_features) < 1e-12
+    assert set(actual) == set(expected)
+    for name, gradient in expected.items():
+        assert relative_error(actual[name], gradient) < 1e-10, name
+
+
+def test_dense_linears_give_the_same_gradients():
+    ranks, tensors = random_tensors(TINY, rank=None)
+    model = build_vit(TINY, ranks, lambda name: tensors[name].clone(), 16, head=True)
+    pixels = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    dfeatures = torch.randn(2, TINY.feature_width, dtype=torch.float64)
+    _, actual = engine_gradients(model, pixels, dfeatures, Keep.FULL)
+    _, expected = autograd_gradients(TINY, tensors, 16, pixels, dfeatures)
+    for name, gradient in expected.items():
+        assert relative_error(actual[name], gradient) < 1e-10, name
+
+
+def test_class_tokenless_network_and_another_image_size():
+    geometry = dataclasses.replace(TINY, class_token=False, features="mean")
+    ranks, tensors = random_tensors(geometry)
+    model = build_vit(geometry, ranks, lambda name: tensors[name].clone(), 24, head=True)
+    pixels = torch.randn(2, 3, 24, 24, dtype=torch.float64)
+    dfeatures = torch.randn(2, geometry.feature_width, dtype=torch.float64)
+    features, actual = engine_gradients(model, pixels, dfeatures, Keep.FULL)
+    expected_features, expected = autograd_gradients(geometry, tensors, 24, pixels, dfeatures)
+    assert relative_error(features, expected_features) < 1e-12
+    assert relative_error(actual["patch_embed.weight"], expected["patch_embed.weight"]) < 1e-10
+    assert relative_error(actual["position"], expected["position"]) < 1e-10
+
+
+def test_compact_saving_stays_close_to_the_exact_gradients():
+    model32 = random_vit(dtype=torch.float32)
+    pixels, dfeatures = torch.randn(4, 3, 16, 16), torch.randn(4, TINY.feature_width)
+    _, exact = engine_gradients(random_vit(dtype=torch.float32), pixels, dfeatures, Keep.FULL)
+    _, compact = engine_gradients(model32, pixels, dfeatures, Keep.COMPACT)
+    worst = max(relative_error(compact[name], exact[name]) for name in exact)
+    assert 0 < worst < 0.01  # not exact, and rounding of 16 and 8 bits at most
+
+
+def test_inference_equals_the_training_forward():
+    model = random_vit()
+    pixels = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    training, _ = engine_gradients(model, pixels, torch.zeros(2, TINY.feature_width, dtype=torch.float64), Keep.FULL)
+    inference, saved = model.features(pixels, Pass())
+    assert saved is None
+    assert relative_error(inference, training) < 1e-14
+
+
+@pytest.mark.parametrize("keep", [Keep.FULL, Keep.COMPACT, Keep.RECOMPUTE])
+def test_a_second_micro_batch_of_another_size_reuses_the_buffers(keep):
+    model = random_vit(dtype=torch.float32)
+    for linear in model.linears().values():
+        linear.start_training(4, model.tokens, torch.Generator().manual_seed(0))
+    run, held = Pass(refresh_basis=True), []
+    for batch in (4, 4, 3, 4):
+        pixels = torch.randn(batch, 3, 16, 16)
+        features, saved = model.features(pixels, run, [keep] * 2)
+        model.backward(saved, torch.randn_like(features), run, lambda layer, parts: None)
+        held.append(run.workspace.held_bytes())
+    assert len(set(held)) == 1
+
+
+def test_training_leaves_the_global_generator_alone():
+    before = torch.random.get_rng_state()
+    model = random_vit()
+    pixels = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
+    engine_gradients(model, pixels, torch.ones(1, TINY.feature_width, dtype=torch.float64), Keep.RECOMPUTE, 4)
+    assert torch.equal(before, torch.random.get_rng_state())

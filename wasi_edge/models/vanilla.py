@@ -1,0 +1,97 @@
+"""The same Vision Transformer as a plain `nn.Module` under torch autograd with fused attention.
+
+This is what everybody else runs: `--method vanilla`, the yardstick of every comparison, and the oracle that the
+explicit layers are tested against. Parameter names are those of the artefact with dense linears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models.vit import resample_position
+
+
+class VanillaBlock(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, geometry: ViTGeometry) -> None:
+        super().__init__()
+        width = geometry.width
+        self.heads = geometry.heads
+        self.norm1 = nn.LayerNorm(width, eps=geometry.norm_eps)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=geometry.norm_eps)
+        self.fc1 = nn.Linear(width, geometry.mlp_width)
+        self.fc2 = nn.Linear(geometry.mlp_width, width)
+        self.scale1 = nn.Parameter(torch.ones(width)) if geometry.layer_scale else None
+        self.scale2 = nn.Parameter(torch.ones(width)) if geometry.layer_scale else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+        branch = self.proj(mixed)
+        x = x + (branch if self.scale1 is None else branch * self.scale1)
+        branch = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + (branch if self.scale2 is None else branch * self.scale2)
+
+
+class VanillaViT(nn.Module):
+    """(B, C, S, S) -> logits (B, classes), or features (B, F) through `features`."""
+
+    def __init__(self, geometry: ViTGeometry, image_size: int, num_classes: int) -> None:
+        super().__init__()
+        self.geometry, self.image_size = geometry, image_size
+        patch_inputs = geometry.channels * geometry.patch_size**2
+        self.patch_embed = nn.Linear(patch_inputs, geometry.width)
+        self.class_token = nn.Parameter(torch.zeros(geometry.width)) if geometry.class_token else None
+        self.position = nn.Parameter(torch.zeros(geometry.tokens(image_size), geometry.width))
+        self.blocks = nn.ModuleList(VanillaBlock(geometry) for _ in range(geometry.depth))
+        self.norm = nn.LayerNorm(geometry.width, eps=geometry.norm_eps)
+        self.head = nn.Linear(geometry.feature_width, num_classes)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        batch, channels, side, _ = pixels.shape
+        p = self.geometry.patch_size
+        grid = side // p
+        patches = pixels.view(batch, channels, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)
+        x = self.patch_embed(patches.reshape(batch, grid * grid, channels * p * p))
+        first = 0
+        if self.class_token is not None:
+            x = torch.cat((self.class_token.expand(batch, 1, -1), x), 1)
+            first = 1
+        x = x + self.position
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        parts = {"class": [x[:, 0]], "mean": [x[:, first:].mean(1)]}
+        parts["class+mean"] = [x[:, 0], x[:, first:].mean(1)]
+        return torch.cat(parts[self.geometry.features], 1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(self.features(pixels))
+
+
+def build_vanilla(
+    geometry: ViTGeometry, read: Callable[[str], Tensor], image_size: int, num_classes: int
+) -> VanillaViT:
+    """A network with dense weights; `read(name)` gives a tensor by its artefact name. The head is left at zero."""
+    with torch.device("meta"):
+        model = VanillaViT(geometry, image_size, num_classes)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("head."):
+                parameter.zero_()
+            elif name == "position":
+                parameter.copy_(resample_position(read(name), geometry, image_size))
+            else:
+                parameter.copy_(read(name))
+    return model

@@ -1,0 +1,223 @@
+"""A Vision Transformer built on explicit layers (Dosovitskiy et al. 2021; LayerScale: Touvron et al. 2021).
+
+    photo -> patches -> tokens (class token, position) -> blocks -> norm -> features -> logits
+
+Features are the class token, the mean of the patch tokens, or both side by side, after the last norm. Forward and
+backward are written out; there is no autograd tape. What each block keeps is the plan's decision (`keeps`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wasi_edge.layers.block import Block, SavedBlock
+from wasi_edge.layers.linear import DenseLinear, Linear, WasiLinear
+from wasi_edge.layers.norm import LayerNorm, SavedNorm
+from wasi_edge.layers.saving import Keep, Pass
+from wasi_edge.models.geometry import ViTGeometry
+
+OnGradients = Callable[[str, dict[str, Tensor]], None]
+
+
+@dataclass
+class SavedForward:
+    """What the backward pass of the whole network reads."""
+
+    patches: Tensor
+    blocks: list[SavedBlock]
+    norm: SavedNorm
+
+
+class VisionTransformer:
+    """The network at one input size. `position` (N, D) is already resampled to that size."""
+
+    def __init__(
+        self,
+        geometry: ViTGeometry,
+        image_size: int,
+        patch_embed: DenseLinear,
+        class_token: Tensor | None,
+        position: Tensor,
+        blocks: Sequence[Block],
+        norm: LayerNorm,
+        head: DenseLinear | None,
+    ) -> None:
+        self.geometry, self.image_size = geometry, image_size
+        self.patch_embed, self.class_token, self.position = patch_embed, class_token, position
+        self.blocks, self.norm, self.head = list(blocks), norm, head
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per photo, class token included."""
+        return self.position.shape[0]
+
+    def linears(self) -> dict[str, Linear]:
+        """Every linear of every block, by name."""
+        return {f"{block.name}.{key}": layer for block in self.blocks for key, layer in block.linears.items()}
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Every parameter under its name in the artefact (`docs/architecture.md`)."""
+        named: dict[str, Tensor] = {f"patch_embed.{key}": value for key, value in self.patch_embed.params.items()}
+        if self.class_token is not None:
+            named["class_token"] = self.class_token
+        named["position"] = self.position
+        for block in self.blocks:
+            for layer, parts in block.layers.items():
+                for key, value in parts.params.items():
+                    named[artefact_name(f"{block.name}.{layer}", key)] = value
+        named |= {f"norm.{key}": value for key, value in self.norm.params.items()}
+        if self.head is not None:
+            named |= {f"head.{key}": value for key, value in self.head.params.items()}
+        return named
+
+    def features(
+        self, pixels: Tensor, run: Pass, keeps: Sequence[Keep] | None = None
+    ) -> tuple[Tensor, SavedForward | None]:
+        """(B, C, S, S) -> (B, F). With `keeps`, one choice a block, what the backward pass needs is kept."""
+        x, patches = self.embed(pixels, run)
+        saved_blocks = []
+        for index, block in enumerate(self.blocks):
+            x, saved = block.forward(x, run, None if keeps is None else keeps[index])
+            if saved is not None:
+                saved_blocks.append(saved)
+        batch, tokens, width = x.shape
+        name = None if keeps is None else "norm"
+        normed, saved_norm = self.norm.forward(x.view(-1, width), run, name)
+        features = self._pool(normed.view(batch, tokens, width))
+        if saved_norm is None:
+            return features, None
+        return features, SavedForward(patches, saved_blocks, saved_norm)
+
+    def logits(self, pixels: Tensor, run: Pass) -> Tensor:
+        """(B, C, S, S) -> (B, classes)."""
+        assert self.head is not None, "this model has no classifier"
+        return self.head.forward(self.features(pixels, run)[0], 1, run, None)[0]
+
+    def embed(self, pixels: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
+        """(B, C, S, S) -> tokens (B, N, D) and the patches (B * g * g, C * p * p) they were made from."""
+        batch, channels, side, _ = pixels.shape
+        p, width = self.geometry.patch_size, self.geometry.width
+        grid = side // p
+        patches = run.workspace.take("patches", (batch, grid, grid, channels, p, p), pixels.dtype)
+        patches.copy_(pixels.view(batch, channels, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5))
+        patches = patches.view(batch * grid * grid, channels * p * p)
+        embedded, _ = self.patch_embed.forward(patches, grid * grid, run, None)
+        x = run.workspace.take("block.out", (batch, self.tokens, width), pixels.dtype)
+        x[:, self._first_patch :].copy_(embedded.view(batch, grid * grid, width))
+        if self.class_token is not None:
+            x[:, 0] = self.class_token
+        return x.add_(self.position), patches
+
+    def backward(self, saved: SavedForward, dfeatures: Tensor, run: Pass, on_gradients: OnGradients) -> None:
+        """Walk back from (B, F). `on_gradients(layer name, gradients)` is called as each layer's are complete."""
+        batch = dfeatures.shape[0]
+        dnormed = self._pool_backward(dfeatures)
+        dx, grads = self.norm.backward(saved.norm, dnormed.view(batch * self.tokens, -1), run)
+        on_gradients("norm", grads)
+        dx = dx.view(batch, self.tokens, -1)
+        for block, saved_block in zip(reversed(self.blocks), reversed(saved.blocks), strict=True):
+            dx, grads = block.backward(saved_block, dx, run)
+            on_gradients(block.name, grads)
+        root = {"position": dx.sum(0)}
+        if self.class_token is not None:
+            root["class_token"] = dx[:, 0].sum(0)
+        on_gradients("", root)
+        dpatches = dx[:, self._first_patch :].reshape(-1, self.geometry.width)
+        grads = {"weight": dpatches.t() @ saved.patches, "bias": dpatches.sum(0)}
+        on_gradients("patch_embed", grads)
+
+    @property
+    def _first_patch(self) -> int:
+        return 0 if self.class_token is None else 1
+
+    def _pool(self, normed: Tensor) -> Tensor:
+        """(B, N, D) -> (B, F)."""
+        parts = []
+        if self.geometry.features in ("class", "class+mean"):
+            parts.append(normed[:, 0])
+        if self.geometry.features in ("mean", "class+mean"):
+            parts.append(normed[:, self._first_patch :].mean(1))
+        return torch.cat(parts, 1)
+
+    def _pool_backward(self, dfeatures: Tensor) -> Tensor:
+        """(B, F) -> (B, N, D)."""
+        batch, width = dfeatures.shape[0], self.geometry.width
+        dnormed = dfeatures.new_zeros(batch, self.tokens, width)
+        if self.geometry.features in ("mean", "class+mean"):
+            count = self.tokens - self._first_patch
+            dnormed[:, self._first_patch :] = (dfeatures[:, -width:] / count).unsqueeze(1)
+        if self.geometry.features in ("class", "class+mean"):
+            dnormed[:, 0] = dfeatures[:, :width]
+        return dnormed
+
+
+def artefact_name(layer: str, key: str) -> str:
+    """`blocks.3.proj` + `scale` is stored as `blocks.3.scale1`; every other parameter as `<layer>.<key>`."""
+    if key == "scale":
+        return layer.removesuffix(".proj") + ".scale1" if layer.endswith(".proj") else layer.removesuffix(".fc2") + ".scale2"
+    return f"{layer}.{key}"
+
+
+def build_vit(
+    geometry: ViTGeometry, ranks: Mapping[str, int | None], read: Callable[[str], Tensor], image_size: int, head: bool
+) -> VisionTransformer:
+    """A network of float32 parameters. `read(name)` gives a tensor by its artefact name; `ranks[linear]` is its
+    rank, None for a dense one; the position embedding is resampled to `image_size`."""
+    blocks = [build_block(geometry, index, ranks, read) for index in range(geometry.depth)]
+    return VisionTransformer(
+        geometry,
+        image_size,
+        DenseLinear(read("patch_embed.weight"), read("patch_embed.bias")),
+        read("class_token") if geometry.class_token else None,
+        resample_position(read("position"), geometry, image_size),
+        blocks,
+        LayerNorm(read("norm.weight"), read("norm.bias"), geometry.norm_eps),
+        DenseLinear(read("head.weight"), read("head.bias")) if head else None,
+    )
+
+
+def build_block(
+    geometry: ViTGeometry, index: int, ranks: Mapping[str, int | None], read: Callable[[str], Tensor]
+) -> Block:
+    """Block `index` alone; arguments as for `build_vit`."""
+    name = f"blocks.{index}"
+
+    def linear(key: str, scale: str | None) -> Linear:
+        bias = read(f"{name}.{key}.bias")
+        factor = read(f"{name}.{scale}") if scale is not None and geometry.layer_scale else None
+        if ranks[f"{name}.{key}"] is None:
+            return DenseLinear(read(f"{name}.{key}.weight"), bias, factor)
+        return WasiLinear(read(f"{name}.{key}.left"), read(f"{name}.{key}.right"), bias, factor)
+
+    def norm(key: str) -> LayerNorm:
+        return LayerNorm(read(f"{name}.{key}.weight"), read(f"{name}.{key}.bias"), geometry.norm_eps)
+
+    return Block(
+        name,
+        geometry.heads,
+        norm("norm1"),
+        linear("qkv", None),
+        linear("proj", "scale1"),
+        norm("norm2"),
+        linear("fc1", None),
+        linear("fc2", "scale2"),
+    )
+
+
+def resample_position(position: Tensor, geometry: ViTGeometry, image_size: int) -> Tensor:
+    """(g*g [+1], D) -> (N, D) at `image_size`, bicubic without antialiasing as Hugging Face's ViT and DINOv2 do;
+    returned as it is where the grid already fits. The class token's row is left alone."""
+    tokens = geometry.tokens(image_size)
+    if position.shape[0] == tokens:
+        return position
+    first = 1 if geometry.class_token else 0
+    side, grid = image_size // geometry.patch_size, geometry.position_grid
+    patches = position[first:].reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=(side, side), mode="bicubic", align_corners=False)
+    patches = patches.permute(0, 2, 3, 1).reshape(side * side, -1)
+    return torch.cat((position[:first], patches)).contiguous()
