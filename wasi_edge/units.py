@@ -32,11 +32,12 @@ def parse_size(text: str) -> int:
 
 def parse_duration(text: str) -> float:
     """Seconds meant by `text` ("20m", "90s", "1.5h", "1h30m", plain seconds). Raises `UsageError`."""
-    stripped = text.strip()
-    parts = re.findall(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", stripped, re.IGNORECASE)
-    whole = "".join(number + unit for number, unit in parts)
-    if not parts or whole != re.sub(r"\s+", "", stripped) or any(u.lower() not in _DURATION_UNITS for _, u in parts):
-        raise UsageError(f"'{text}' is not a duration: write for example 20m, 90s or 1.5h")
+    compact = re.sub(r"\s+", "", text)
+    if not re.fullmatch(r"(?:\d+(?:\.\d+)?[a-z]+)+|\d+(?:\.\d+)?", compact, re.IGNORECASE):
+        raise UsageError(f"'{text}' is not a duration: write for example 20m, 90s or 1h30m")
+    parts = re.findall(r"(\d+(?:\.\d+)?)([a-z]*)", compact, re.IGNORECASE)
+    if any(unit.lower() not in _DURATION_UNITS for _, unit in parts):
+        raise UsageError(f"'{text}' is not a duration: its units must be h, m (min) or s")
     seconds = sum(float(number) * _DURATION_UNITS[unit.lower()] for number, unit in parts)
     if seconds <= 0:
         raise UsageError(f"'{text}' is not a duration: it must be above zero")

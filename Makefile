@@ -1,0 +1,70 @@
+# make demo    fine-tune on PHOTOS=./folder, or on photos drawn for the purpose, then predict
+# make test    the tests        make lint    ruff and mypy        make bench   the time study
+#
+# Everything runs in .venv, made on first use from PYTHON whatever environment is active.
+
+PYTHON ?= python3
+BUDGET ?= 512MB
+PHOTOS ?=
+OUT ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo-photos
+PACKAGING := setup.cfg pyproject.toml
+
+unexport PYTHONHOME
+unexport PYTHONPATH
+unexport VIRTUAL_ENV
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is too old, Python 3.11 is the least; try make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { rm -rf $(VENV); echo "error: no virtual environment; try: sudo apt install python3-venv" >&2; exit 1; }
+
+$(VENV)/.stamp-torch: deploy/install_torch.sh | $(BIN)/python
+	sh deploy/install_torch.sh $(BIN)/python
+	@touch $@
+
+$(VENV)/.stamp-run: $(PACKAGING) $(VENV)/.stamp-torch
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.stamp-dev: $(PACKAGING) $(VENV)/.stamp-torch
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@ $(VENV)/.stamp-run
+
+# Drawn with another seed: the photos that predict sees were not trained on.
+$(DEMO)/.stamp: wasi_edge/data/demo.py wasi_edge/data/demo_objects.py | $(VENV)/.stamp-run
+	$(BIN)/python -m wasi_edge.data.demo $(DEMO)/sorted
+	$(BIN)/python -m wasi_edge.data.demo $(DEMO)/new --per-class 1 --seed 1
+	@touch $@
+
+demo: $(VENV)/.stamp-run $(if $(PHOTOS),,$(DEMO)/.stamp)
+	@set -e; photos='$(PHOTOS)'; out='$(OUT)'; new='$(DEMO)/new'; \
+	if [ -z "$$out" ]; then n=1; while [ -e "wasi-run-demo-$$n" ]; do n=$$((n + 1)); done; out="wasi-run-demo-$$n"; fi; \
+	if [ -n "$$photos" ]; then new=$$photos; else photos='$(DEMO)/sorted'; fi; \
+	echo "wasi-edge finetune $$photos --budget $(BUDGET) --out $$out $(ARGS)" >&2; \
+	$(BIN)/wasi-edge finetune "$$photos" --budget $(BUDGET) --out "$$out" $(ARGS); \
+	find -L "$$new" -type f \( -iname '*.jp*g' -o -iname '*.png' -o -iname '*.webp' \) ! -name '._*' \
+	  | sort | awk '{ p[NR] = $$0 } END { step = NR > 4 ? NR / 4 : 1; for (i = 1; i <= NR; i += step) print p[int(i)] }' \
+	  | tr '\n' '\0' | xargs -0 $(BIN)/wasi-edge predict "$$out"
+
+test: $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy wasi_edge
+
+bench: $(VENV)/.stamp-run
+	$(BIN)/python benchmarks/step_time.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,127 @@
+"""The closed-form classifier: ridge regression on the features of the frozen network.
+
+One pass over the photos gives features X (n, F); the head is the weighted least-squares fit of centred one-hot
+targets with an L2 penalty, chosen among a few by leave-one-out error, which ridge regression gives without
+refitting: e_i / (1 - h_i) (Allen 1974, PRESS). Least squares does not give probabilities, so its outputs are
+multiplied by one number, the temperature that makes the leave-one-out cross-entropy smallest.
+
+Everything is a function of `FeatureStatistics`, sums over photos. They are stored with a finished run, so that a later
+run can fit a head for its new photos and for classes that it has no photos of any more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+
+
+class Head(NamedTuple):
+    """`weight` (C, F) and `bias` (C,), float32."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Weighted sums over photos, float64: `second` (F, F) of x x^T, `sums` (C, F) of x by class, `counts` (C,).
+
+    Photos are weighted so that each class counts the same in all, times its number of photos to the power 0.
+    """
+
+    second: Tensor
+    sums: Tensor
+    counts: Tensor
+
+    @staticmethod
+    def of(features: Tensor, labels: Tensor, num_classes: int) -> FeatureStatistics:
+        """Statistics of features (n, F) with labels (n,); classes weigh the same, their mean weight is 1."""
+        weight = balance(labels, num_classes)
+        x = features.double()
+        weighted = x * weight[:, None]
+        sums = torch.zeros(num_classes, x.shape[1], dtype=torch.float64).index_add_(0, labels, weighted)
+        counts = torch.zeros(num_classes, dtype=torch.float64).index_add_(0, labels, weight)
+        return FeatureStatistics(weighted.t() @ x, sums, counts)
+
+
+def balance(labels: Tensor, num_classes: int) -> Tensor:
+    """Weights (n,) float64 that make every class that occurs count the same; their mean is 1."""
+    counts = torch.bincount(labels, minlength=num_classes).double()
+    present = int((counts > 0).sum())
+    return (len(labels) / (present * counts.clamp_min(1)))[labels]
+
+
+def fit_head(features: Tensor, labels: Tensor, num_classes: int, earlier: FeatureStatistics | None = None) -> Head:
+    """Head (C, F) for features (n, F) with labels (n,).
+
+    `earlier` are the statistics of photos that are no longer there (of an earlier run, over the same C classes);
+    of their classes those without photos now are fitted from the statistics alone.
+    """
+    x = features.double()
+    weight = balance(labels, num_classes)
+    now = FeatureStatistics.of(features, labels, num_classes)
+    if earlier is not None:
+        now = _merge(now, earlier)
+    total = now.counts.sum()
+    mean = now.sums.sum(0) / total
+    prior = now.counts / total
+    second = now.second - total * torch.outer(mean, mean)
+    # cross[c] = sum_i w_i (x_i - mean) (y_ic - prior_c)
+    cross = now.sums - now.counts[:, None] * mean
+    eigenvalues, vectors = torch.linalg.eigh(second)
+    eigenvalues = eigenvalues.clamp_min(0)
+    scale = eigenvalues.sum() / len(eigenvalues)
+    rotated = (x - mean) @ vectors  # (n, F)
+    cross = cross @ vectors
+    targets = torch.nn.functional.one_hot(labels, num_classes).double() - prior
+
+    best: tuple[float, Tensor, Tensor] | None = None
+    for penalty in _PENALTIES:
+        inverse = 1 / (eigenvalues + penalty * scale + 1e-12)
+        solution = cross * inverse  # (C, F), rotated
+        leverage = weight * ((rotated.square() @ inverse) + 1 / total)
+        left_out = targets - (targets - rotated @ solution.t()) / (1 - leverage).clamp_min(1e-3)[:, None]
+        error = float((weight[:, None] * (left_out - targets).square()).sum())
+        if best is None or error < best[0]:
+            best = error, solution, left_out
+    assert best is not None
+    _, solution, left_out = best
+    sharpness = _best_sharpness(left_out + prior, labels, weight)
+    full = sharpness * (solution @ vectors.t())
+    bias = sharpness * prior - full @ mean
+    return Head(full.float(), bias.float())
+
+
+def _merge(now: FeatureStatistics, earlier: FeatureStatistics) -> FeatureStatistics:
+    """Sums of both, a class that occurs in both counted once, with today's photos."""
+    absent = (now.counts == 0) & (earlier.counts > 0)
+    if not bool(absent.any()):
+        return now
+    # the scatter within classes is shared: take as much of the earlier one as the absent classes weigh
+    share = earlier.counts[absent].sum() / earlier.counts.sum()
+    typical = now.counts[now.counts > 0].mean()
+    factor = typical / earlier.counts[absent].mean()
+    between = (earlier.sums[absent].t() / earlier.counts[absent]) @ earlier.sums[absent]
+    present = earlier.counts > 0
+    all_between = (earlier.sums[present].t() / earlier.counts[present]) @ earlier.sums[present]
+    within = earlier.second - all_between
+    second = now.second + factor * (share * within + between)
+    sums, counts = now.sums.clone(), now.counts.clone()
+    sums[absent] = factor * earlier.sums[absent]
+    counts[absent] = factor * earlier.counts[absent]
+    return FeatureStatistics(second, sums, counts)
+
+
+def _best_sharpness(outputs: Tensor, labels: Tensor, weight: Tensor) -> float:
+    """The factor on `outputs` (n, C) with the smallest weighted cross-entropy, among powers of 2^(1/4)."""
+    candidates = [2 ** (step / 4) for step in range(-4, 33)]
+    losses = [
+        float((weight * torch.nn.functional.cross_entropy(outputs * factor, labels, reduction="none")).sum())
+        for factor in candidates
+    ]
+    return candidates[min(range(len(losses)), key=losses.__getitem__)]
