@@ -1,7 +1,7 @@
 """Random views of cached photos, the order of an epoch, and class weights: all of them without any state.
 
-Every random choice is a function of (seed, epoch, photo) through a counter-based generator (Philox). A resumed
-run, other threads or another batch size therefore see the same pixels, and nothing has to be saved.
+Every random choice is a function of (seed, epoch, photo) through a counter-based generator (Philox). A
+resumed run, other threads or another batch size therefore see the same pixels, and nothing has to be saved.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ def epoch_order(num_photos: int, seed: int, epoch: int) -> np.ndarray:
 def class_weights(labels: Sequence[int], num_classes: int) -> np.ndarray:
     """Loss weight of each class against imbalance: float64 (num_classes,).
 
-    n / (C * n_c) cut to `WEIGHT_CAP`, then scaled so that the mean over the training photos is 1 and the
-    learning rate keeps its meaning. `labels` are class indices; a class without photos weighs 1 before scaling.
+    n / (C * n_c) cut to `WEIGHT_CAP`, then scaled so that the mean over the training photos is 1
+    (the learning rate keeps its meaning). `labels` are class indices; a class without photos
+    weighs 1 before scaling.
     """
     counts = np.bincount(np.asarray(labels, dtype=np.int64), minlength=num_classes).astype(np.float64)
     if len(counts) != num_classes:

@@ -1,15 +1,15 @@
 """Every photo decoded and shrunk once, into one file that training reads.
 
     pixels.bin    uint8 (h, w, 3) pictures one after the other, in photo order
-    index.json    schema, preprocessing, and for each photo its path, label, size, mtime, offset, h, w and hash,
-                  or the reason why it cannot be used
+    index.json    schema, preprocessing, and of each photo path, label, size, mtime, offset, h, w and hash, or
+                  the reason why it cannot be used
 
-The index is written last, by rename after fsync: a folder without one is an unfinished cache and is rebuilt. A
-complete one is reused when schema, preprocessing and every photo's path, label, size and mtime agree.
+The index is written last, by rename after fsync: a folder without one is an unfinished cache, and rebuilt. A
+complete one is reused when schema, preprocessing and each photo's path, label, size and mtime agree.
 
-Decoding is the memory spike of a run. It happens in threads (a worker process would cost an interpreter each), and
-a photo is admitted only when its predicted bytes and those of all photos in flight fit `decode_budget_bytes`.
-Reading uses `pread` into the caller's array: mapped pages would count as resident memory, the page cache does not.
+Decoding is the memory spike of a run. It happens in threads (a process would cost an interpreter each); a
+photo is admitted only when its predicted bytes and those of all photos in flight fit `decode_budget_bytes`.
+Reading uses `pread` into an array: mapped pages would count as resident memory, the page cache does not.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,7 +33,7 @@ from wasi_edge.data.folder import Photo, SkippedFile
 from wasi_edge.data.headers import read_header
 from wasi_edge.data.split import difference_hash
 from wasi_edge.errors import UnreadablePhoto, WasiEdgeError
-from wasi_edge.preprocess import Preprocessing, open_photo, shrink
+from wasi_edge.preprocess import MAX_PIXELS, Preprocessing, open_photo, shrink
 from wasi_edge.units import format_size
 
 SCHEMA = 1
@@ -43,7 +43,7 @@ _WAITING_PER_THREAD = 4
 
 
 class PhotoCache:
-    """A complete cache, open for reading. Index i counts the usable photos, in photo order; `read` is thread-safe."""
+    """A complete cache, open for reading. Index i counts the usable photos in photo order."""
 
     def __init__(self, directory: Path, index: dict[str, Any]) -> None:
         self.directory = directory
@@ -62,20 +62,15 @@ class PhotoCache:
             if "reason" in entry
         ]
         self._fd = os.open(directory / "pixels.bin", os.O_RDONLY)
-        if os.fstat(self._fd).st_size != index["pixels_bytes"]:
-            self.close()
-            raise WasiEdgeError(
-                f"{directory}: pixels.bin has not the size that index.json says: delete the folder"
-            )
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def read(self, i: int) -> np.ndarray:
-        """Photo i as `shrink` made it: uint8 (h, w, 3), a fresh array."""
+        """Photo i as `shrink` made it: uint8 (h, w, 3), a fresh array. Thread-safe."""
         entry = self._entries[i]
         out = np.empty((entry["h"], entry["w"], 3), dtype=np.uint8)
-        rest, offset = memoryview(out.reshape(-1)), entry["offset"]
+        rest, offset = out.reshape(-1).data, entry["offset"]
         while rest:
             count = os.preadv(self._fd, [rest], offset)
             if count == 0:
@@ -143,8 +138,9 @@ def build_cache(
 ) -> PhotoCache:
     """Decode and shrink `photos` into `directory`, or reuse what is there; then open it.
 
-    `on_progress(done, total)` is called in the calling thread. Photos that cannot be decoded, or that need more
-    than `decode_budget_bytes` alone, are in `skipped` with their reason. The result does not depend on `threads`.
+    `on_progress(done, total)` is called in the calling thread. Photos that cannot be decoded, or that alone
+    need more than `decode_budget_bytes`, are in `skipped` with their reason. `threads` does not change the
+    result, not even the files' bytes.
     Raises `WasiEdgeError` where the disk is full or cannot be written.
     """
     directory = Path(directory)
@@ -234,8 +230,8 @@ def _build(
     (directory / "index.json").unlink(missing_ok=True)
     partial = directory / "pixels.bin.partial"
     try:
-        with open(partial, "wb") as file:
-            results = _decoded_in_order(photos, preprocessing, decode_budget_bytes, threads)
+        results = _decoded_in_order(photos, preprocessing, decode_budget_bytes, threads)
+        with open(partial, "wb") as file, closing(results):
             for done, (entry, result) in enumerate(zip(index["photos"], results, strict=True), start=1):
                 _record(entry, result, file)
                 if on_progress is not None:
@@ -260,23 +256,26 @@ def _check_disk(photos: Sequence[Photo], directory: Path, preprocessing: Preproc
     if needed + SPARE_DISK_BYTES > free:
         raise WasiEdgeError(
             f"the photo cache needs {format_size(needed + SPARE_DISK_BYTES)} on the disk of {directory}, "
-            f"{format_size(free)} are free: free some space, set XDG_CACHE_HOME to another disk, or take a smaller --image-size"
+            f"{format_size(free)} are free: free some space, set XDG_CACHE_HOME to another disk, "
+            "or take a smaller --image-size"
         )
 
 
 def _decoded_in_order(
     photos: Sequence[Photo], preprocessing: Preprocessing, budget_bytes: int, threads: int
-) -> Iterator[_Shrunk | dict[str, Any]]:
-    """Each photo's shrunk picture, or what its entry says about why there is none; in photo order.
+) -> Generator[_Shrunk | dict[str, Any], None, None]:
+    """Each photo's shrunk picture, or what its entry shall say instead; in photo order.
 
-    This thread alone passes the gate, in photo order, and workers never wait for it: no big photo starves behind
-    small ones, and there is nothing to deadlock on.
+    This thread alone passes the gate, in photo order, and workers never wait for it: no big photo starves
+    behind small ones, and there is nothing to deadlock on.
     """
     gate = _ByteGate(budget_bytes)
 
     def decode(photo: Photo, count: int) -> _Shrunk | dict[str, Any]:
         try:
-            pixels = shrink(open_photo(photo.path, preprocessing.resize_side), preprocessing)
+            # The scan has set the cap on pixels, and the gate the one on memory.
+            cap = max(MAX_PIXELS, photo.header.width * photo.header.height)
+            pixels = shrink(open_photo(photo.path, preprocessing.resize_side, cap), preprocessing)
             return _Shrunk(pixels, difference_hash(pixels))
         except UnreadablePhoto as error:
             return {"reason": str(error)}
@@ -305,7 +304,7 @@ def _decoded_in_order(
 
 
 def _admission(photo: Photo, side: int, budget_bytes: int) -> tuple[dict[str, Any] | None, int]:
-    """(why the photo is refused, or None; its predicted bytes)."""
+    """(what the entry of a refused photo says, or None; the photo's predicted bytes)."""
     header = photo.header
     try:
         if side > header.min_side:  # predicted for a smaller picture than the one we make

@@ -32,7 +32,8 @@ PHOTO_SUFFIXES = frozenset(
 )  # fmt: skip
 # Left behind by macOS, Windows, NAS boxes and photo managers; names starting with a dot are foreign as well.
 FOREIGN_NAMES = frozenset(
-    ("@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "#recycle", "$recycle.bin", "lost+found")
+    ("@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "#recycle", "$recycle.bin",
+     "lost+found")
 )  # fmt: skip
 PART_OF_FOLDER = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")

@@ -7,9 +7,9 @@ The split of a class depends on the seed, its own name and its own photos in the
 another class beside it changes nothing, nor does Python's hash seed.
 
 How near is near: among 650 different photos of clothes (5 classes, short side 192) a distance of up to 6 bits
-groups 39 of them, in groups of at most 7; 7 bits group 65, 8 bits 101 in chains of up to 35. A second shot of the
-same thing, 1 % shifted and scaled, turned by half a degree, 5 % brighter and compressed anew, lies within 6 bits in
-94 of 100 cases (median 3). So 6: joining two different photos costs next to nothing, a long chain would.
+groups 39 of them, in groups of at most 7; 7 bits group 65, 8 bits 101 in chains of up to 35. A second shot of
+one thing, 1 % shifted and scaled, turned by half a degree, 5 % brighter and saved anew, lies within 6 bits in
+94 of 100 cases (median 3). So 6: joining two different photos costs little, a long chain would not.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(train indices, val indices), both ascending int64.
 
-    Where any of `parts` is "val" the parts are kept as they are. Otherwise each class is split by whole groups:
-    about `val_fraction` of its photos validate, at least one group where the class has two, and at least
-    one group trains. `val_fraction` 0 validates on nothing. Raises `UsageError` for a fraction outside [0, 1).
+    Where any of `parts` is "val" the parts are kept as they are. Otherwise each class is split by whole
+    groups: about `val_fraction` of its photos validate, at least one group where the class has two, and at
+    least one group trains. 0 validates on nothing. Raises `UsageError` for a fraction outside [0, 1).
     """
     if not 0 <= val_fraction < 1:
         raise UsageError(f"--val-split must be at least 0 and below 1, found {val_fraction}")

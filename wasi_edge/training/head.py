@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_CHUNK = 512  # photos whose features are held in float64 at a time
 _PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 
 
@@ -42,11 +43,18 @@ class FeatureStatistics:
     def of(features: Tensor, labels: Tensor, num_classes: int) -> FeatureStatistics:
         """Statistics of features (n, F) with labels (n,); classes weigh the same, their mean weight is 1."""
         weight = balance(labels, num_classes)
-        x = features.double()
-        weighted = x * weight[:, None]
-        sums = torch.zeros(num_classes, x.shape[1], dtype=torch.float64).index_add_(0, labels, weighted)
+        width = features.shape[1]
+        second = torch.zeros(width, width, dtype=torch.float64)
+        sums = torch.zeros(num_classes, width, dtype=torch.float64)
+        for rows, classes, share in zip(
+            features.split(_CHUNK), labels.split(_CHUNK), weight.split(_CHUNK), strict=True
+        ):
+            x = rows.double()
+            weighted = x * share[:, None]
+            second.addmm_(weighted.t(), x)
+            sums.index_add_(0, classes, weighted)
         counts = torch.zeros(num_classes, dtype=torch.float64).index_add_(0, labels, weight)
-        return FeatureStatistics(weighted.t() @ x, sums, counts)
+        return FeatureStatistics(second, sums, counts)
 
 
 def balance(labels: Tensor, num_classes: int) -> Tensor:
@@ -62,7 +70,6 @@ def fit_head(features: Tensor, labels: Tensor, num_classes: int, earlier: Featur
     `earlier` are the statistics of photos that are no longer there (of an earlier run, over the same C classes);
     of their classes those without photos now are fitted from the statistics alone.
     """
-    x = features.double()
     weight = balance(labels, num_classes)
     now = FeatureStatistics.of(features, labels, num_classes)
     if earlier is not None:
@@ -76,22 +83,26 @@ def fit_head(features: Tensor, labels: Tensor, num_classes: int, earlier: Featur
     eigenvalues, vectors = torch.linalg.eigh(second)
     eigenvalues = eigenvalues.clamp_min(0)
     scale = eigenvalues.sum() / len(eigenvalues)
-    rotated = (x - mean) @ vectors  # (n, F)
     cross = cross @ vectors
     targets = torch.nn.functional.one_hot(labels, num_classes).double() - prior
 
     best: tuple[float, Tensor, Tensor] | None = None
-    for penalty in _PENALTIES:
-        inverse = 1 / (eigenvalues + penalty * scale + 1e-12)
-        solution = cross * inverse  # (C, F), rotated
-        leverage = weight * ((rotated.square() @ inverse) + 1 / total)
-        left_out = targets - (targets - rotated @ solution.t()) / (1 - leverage).clamp_min(1e-3)[:, None]
-        error = float((weight[:, None] * (left_out - targets).square()).sum())
+    inverses = [1 / (eigenvalues + penalty * scale + 1e-12) for penalty in _PENALTIES]
+    left_out = [torch.empty_like(targets) for _ in _PENALTIES]
+    for rows in torch.arange(len(features)).split(_CHUNK):
+        rotated = (features[rows].double() - mean) @ vectors  # (chunk, F)
+        energy = rotated.square()
+        for inverse, predicted in zip(inverses, left_out, strict=True):
+            leverage = weight[rows] * (energy @ inverse + 1 / total)
+            residual = targets[rows] - rotated @ (cross * inverse).t()
+            predicted[rows] = targets[rows] - residual / (1 - leverage).clamp_min(1e-3)[:, None]
+    for inverse, predicted in zip(inverses, left_out, strict=True):
+        error = float((weight[:, None] * (predicted - targets).square()).sum())
         if best is None or error < best[0]:
-            best = error, solution, left_out
+            best = error, cross * inverse, predicted
     assert best is not None
-    _, solution, left_out = best
-    sharpness = _best_sharpness(left_out + prior, labels, weight)
+    _, solution, chosen = best
+    sharpness = _best_sharpness(chosen + prior, labels, weight)
     full = sharpness * (solution @ vectors.t())
     bias = sharpness * prior - full @ mean
     return Head(full.float(), bias.float())

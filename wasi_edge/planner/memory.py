@@ -1,0 +1,167 @@
+"""How many bytes a training run holds, by arithmetic over the network's shapes. No torch, nothing allocated.
+
+Every figure is a sum over named items, so that a plan can show where each megabyte goes. What the engine keeps per
+block and token is the table in `layers/block.py`; `tests/test_planner.py` compares the two. What cannot be derived
+(libraries, thread stacks, packing buffers of the matrix products) is measured by the probe and passed in as the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from wasi_edge.models.geometry import ViTGeometry
+
+FLOAT = 4
+# Rounding of every buffer to pages, Python objects, and what malloc loses between blocks.
+HEAP_SLACK_BYTES = 6 * 2**20
+HEAP_SLACK_SHARE = 0.03
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained: the network's shape at one input size, and how.
+
+    ranks            rank of each linear, None where dense
+    method           'wasi', 'vanilla' or 'head'
+    moment_bytes     bytes of optimiser state per trained factor weight
+    """
+
+    geometry: ViTGeometry
+    image_size: int
+    ranks: Mapping[str, int | None]
+    num_classes: int
+    method: str
+    gradient_rank: int
+    moment_bytes: float
+    augment_photo_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """N, tokens per photo."""
+        return self.geometry.tokens(self.image_size)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of a memory plan."""
+
+    item: str
+    bytes: int
+
+
+def weight_counts(load: Workload) -> tuple[int, int]:
+    """Parameters in the blocks' linears, and all others (norms, biases, embeddings, head)."""
+    shapes = load.geometry.tensor_shapes(load.ranks, load.num_classes)
+    linears = others = 0
+    for name, shape in shapes.items():
+        count = 1
+        for size in shape:
+            count *= size
+        if name == "position":
+            count = load.tokens * load.geometry.width
+        if name.endswith((".left", ".right")) or (name.startswith("blocks.") and len(shape) == 2):
+            linears += count
+        else:
+            others += count
+    return linears, others
+
+
+def largest_linear_bytes(load: Workload) -> int:
+    """float32 bytes of the largest (O, I) among the linears."""
+    return max(out * inner for out, inner in load.geometry.linear_shapes().values()) * FLOAT
+
+
+def saved_bytes_per_token(load: Workload, compact: bool) -> float:
+    """What one block keeps for each token between its forward and its backward pass (see `layers/block.py`)."""
+    d, m, heads = load.geometry.width, load.geometry.mlp_width, load.geometry.heads
+    size = 2 if compact else FLOAT
+    kept = size * (2 * d + 3 * d + d) + FLOAT * (2 + heads)
+    kept += m if compact else FLOAT * m
+    inputs = {"qkv": d, "proj": d, "fc1": d, "fc2": m}
+    return kept + FLOAT * sum(min(load.gradient_rank, width) for width in inputs.values())
+
+
+def shared_bytes_per_token(load: Workload) -> int:
+    """Buffers of a pass that all blocks share, per token: inputs, outputs and gradients of the layer at work."""
+    d, m = load.geometry.width, load.geometry.mlp_width
+    widest = max((rank or 0) for rank in load.ranks.values())
+    patches = load.geometry.channels * load.geometry.patch_size**2
+    buffers = widest + 3 * d + d + d + d + m + m + 4 * d + 3 * d + d + patches
+    # fresh tensors alive at the worst moment of a backward pass: dy, dq dk dv, the attention's scratch, a norm's dx
+    fresh = d + 3 * d + 2 * d
+    return FLOAT * (buffers + fresh)
+
+
+def training_items(load: Workload, micro_batch: int, recomputed_blocks: int) -> list[Item]:
+    """Memory of a run of `wasi` beyond the base, item by item."""
+    geometry = load.geometry
+    linears, others = weight_counts(load)
+    tokens = micro_batch * load.tokens
+    small_gradients = sum(
+        out * min(load.gradient_rank, inner) + inner * min(load.gradient_rank, inner)
+        for out, inner in geometry.linear_shapes().values()
+    )
+    kept_blocks = geometry.depth - recomputed_blocks
+    kept = kept_blocks * saved_bytes_per_token(load, compact=True)
+    if recomputed_blocks:
+        kept += recomputed_blocks * FLOAT * geometry.width + saved_bytes_per_token(load, compact=False)
+    photos = micro_batch * (load.augment_photo_bytes * 2 + 3 * load.image_size**2 * (FLOAT + 1))
+    items = [
+        Item("weights (factors)", linears * FLOAT),
+        Item("weights (norms, biases, embeddings, head)", others * FLOAT),
+        Item("gradients (P, U, dense parameters)", (small_gradients + others) * FLOAT),
+        Item("optimiser state", int(linears * load.moment_bytes + others * 2 * FLOAT)),
+        Item("kept for the backward pass", int(tokens * kept)),
+        Item("buffers of the layer at work", tokens * shared_bytes_per_token(load)),
+        Item("photos of a micro-batch", photos),
+    ]
+    return _with_slack(items)
+
+
+def vanilla_items(load: Workload, micro_batch: int) -> list[Item]:
+    """Memory of a run of `vanilla` beyond the base: dense weights, gradients, two moments, autograd's tape."""
+    geometry = load.geometry
+    d, m, heads = geometry.width, geometry.mlp_width, geometry.heads
+    linears, others = weight_counts(load)
+    tokens = micro_batch * load.tokens
+    per_block = 2 * (d + 2) + 3 * d + d + heads + 2 * d + m + m + (2 * d if geometry.layer_scale else 0) + 2 * d
+    transient = 2 * m + 6 * d
+    items = [
+        Item("weights (dense)", (linears + others) * FLOAT),
+        Item("gradients", (linears + others) * FLOAT),
+        Item("optimiser state", (linears + others) * 2 * FLOAT),
+        Item("kept for the backward pass", tokens * per_block * geometry.depth * FLOAT),
+        Item("tensors of the layer at work", tokens * transient * FLOAT),
+        Item("photos of a micro-batch", micro_batch * (2 * load.augment_photo_bytes + 15 * load.image_size**2)),
+    ]
+    return _with_slack(items)
+
+
+def head_items(load: Workload, micro_batch: int, num_photos: int) -> list[Item]:
+    """Memory of a run of `head` beyond the base: weights, one forward pass, and the features' statistics."""
+    linears, others = weight_counts(load)
+    tokens = micro_batch * load.tokens
+    items = [
+        Item("weights", (linears + others) * FLOAT),
+        Item("buffers of the layer at work", tokens * shared_bytes_per_token(load) * 2 // 3),
+        Item("features and the closed-form fit", head_fit_bytes(load, num_photos)),
+        Item("photos of a micro-batch", micro_batch * (2 * load.augment_photo_bytes + 15 * load.image_size**2)),
+    ]
+    return _with_slack(items)
+
+
+def head_fit_bytes(load: Workload, num_photos: int) -> int:
+    """Features of all photos and the float64 matrices of the ridge fit."""
+    width = load.geometry.feature_width
+    return num_photos * (width * (FLOAT + 3 * 8) + load.num_classes * 5 * 8) + 6 * width * width * 8
+
+
+def total(items: list[Item]) -> int:
+    """Sum of all items, bytes."""
+    return sum(item.bytes for item in items)
+
+
+def _with_slack(items: list[Item]) -> list[Item]:
+    slack = HEAP_SLACK_BYTES + int(HEAP_SLACK_SHARE * total(items))
+    return [*items, Item("heap rounding and headroom", slack)]

@@ -1,0 +1,167 @@
+"""From a budget to a plan: the fastest way to train that fits, or the smallest budget that would do.
+
+A run has three phases whose peaks do not add up: decoding (before torch is imported), the closed-form head, and the
+gradient steps. Decoding adapts itself to what is left of the budget; the other two are predicted here by arithmetic
+(`memory.py`) on top of a measured base, and must fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from wasi_edge.errors import BudgetInfeasible
+from wasi_edge.planner.memory import (
+    Item,
+    Workload,
+    head_items,
+    largest_linear_bytes,
+    total,
+    training_items,
+    vanilla_items,
+)
+from wasi_edge.units import format_size
+
+MICRO_BATCHES = (16, 12, 8, 6, 4, 3, 2, 1)
+# A block that is recomputed runs forward once more, fc2's product excepted; measured in notes/LOG.md.
+RECOMPUTE_COST = 0.30
+# Per-call overhead of a micro-batch, in units of the time of one photo; measured in notes/LOG.md.
+MICRO_BATCH_OVERHEAD = 0.25
+EVALUATION_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds per photo on this machine, measured by the probe; `update` is one optimiser step."""
+
+    train_seconds: float
+    infer_seconds: float
+    update_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much there is to do."""
+
+    num_train: int
+    num_val: int
+    epochs: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that fits.
+
+    `peak_bytes` is the predicted peak of the whole process; `items` say where it goes, the base first.
+    """
+
+    method: str
+    image_size: int
+    micro_batch: int
+    accumulation: int
+    recomputed_blocks: int
+    gradient_rank: int
+    epochs: int
+    peak_bytes: int
+    seconds: float
+    items: tuple[Item, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """What `report.json` says under `plan`."""
+        return {
+            "method": self.method,
+            "image_size": self.image_size,
+            "micro_batch": self.micro_batch,
+            "accumulation": self.accumulation,
+            "keep": "compact" if self.method == "wasi" else "everything" if self.method == "vanilla" else "nothing",
+            "recomputed_blocks": self.recomputed_blocks,
+            "gradient_rank": self.gradient_rank,
+            "epochs": self.epochs,
+            "memory": [{"item": item.item, "bytes": item.bytes} for item in self.items],
+        }
+
+
+def choose_plan(load: Workload, work: Work, base_bytes: int, budget_bytes: int, speed: Speed) -> Plan:
+    """The fastest plan whose predicted peak is within the budget.
+
+    Raises BudgetInfeasible, naming the smallest budget that would do, when there is none.
+    """
+    plans = list(candidates(load, work, base_bytes, speed))
+    fitting = [plan for plan in plans if plan.peak_bytes <= budget_bytes]
+    if not fitting:
+        smallest = smallest_budget(plans)
+        raise BudgetInfeasible(
+            f"a budget of {format_size(budget_bytes)} is too small: this run needs at least {format_size(smallest)}; "
+            f"try --budget {smallest // 2**20}MB, a smaller --image-size or a smaller model",
+            smallest,
+        )
+    return min(fitting, key=lambda plan: (plan.seconds, plan.peak_bytes))
+
+
+def smallest_budget(plans: list[Plan]) -> int:
+    """The smallest budget that fits one of the plans, rounded up to whole MB."""
+    return math.ceil(min(plan.peak_bytes for plan in plans) / 2**20) * 2**20
+
+
+def candidates(load: Workload, work: Work, base_bytes: int, speed: Speed) -> Iterator[Plan]:
+    """Every way to run this, with its predicted peak and time."""
+    num_photos = work.num_train + work.num_val
+    if load.method == "head":
+        for size in MICRO_BATCHES:
+            head = head_items(load, size, num_photos)
+            yield _plan(load, work, base_bytes, speed, size, 0, head, head)
+        return
+    head = head_items(load, EVALUATION_BATCH, num_photos)
+    items_of: Callable[[int, int], list[Item]]
+    if load.method == "vanilla":
+        recomputations: range | tuple[int, ...] = (0,)
+        items_of = lambda size, _: vanilla_items(load, size)  # noqa: E731
+    else:
+        recomputations = range(load.geometry.depth + 1)
+        items_of = lambda size, again: training_items(load, size, again)  # noqa: E731
+    for size in MICRO_BATCHES:
+        if size > work.batch:
+            continue
+        small_head = head_items(load, min(size, EVALUATION_BATCH), num_photos)
+        for again in recomputations:
+            yield _plan(load, work, base_bytes, speed, size, again, items_of(size, again), min(head, small_head, key=total))
+
+
+def _plan(
+    load: Workload,
+    work: Work,
+    base_bytes: int,
+    speed: Speed,
+    micro_batch: int,
+    recomputed: int,
+    train: list[Item],
+    head: list[Item],
+) -> Plan:
+    items = max(train, head, key=total)
+    if load.method != "head" and load.ranks and any(rank is None for rank in load.ranks.values()):
+        # multiplying factors out, or truncating a dense layer, holds one dense weight twice
+        items = [*items, Item("one dense weight while loading", largest_linear_bytes(load))]
+    accumulation = math.ceil(work.batch / micro_batch)
+    steps = work.epochs * math.ceil(work.num_train / work.batch)
+    overhead = (1 + MICRO_BATCH_OVERHEAD / micro_batch) / (1 + MICRO_BATCH_OVERHEAD / 4)
+    slowdown = overhead * (1 + RECOMPUTE_COST * recomputed / load.geometry.depth)
+    seconds = (work.num_train + work.num_val) * (speed.decode_seconds + speed.infer_seconds)
+    if load.method != "head":
+        seconds += work.epochs * (work.num_train * speed.train_seconds * slowdown + work.num_val * speed.infer_seconds)
+        seconds += steps * speed.update_seconds + work.num_train * speed.infer_seconds
+    base = Item("interpreter and libraries (measured)", base_bytes)
+    return Plan(
+        method=load.method,
+        image_size=load.image_size,
+        micro_batch=micro_batch,
+        accumulation=accumulation if load.method != "head" else 1,
+        recomputed_blocks=recomputed,
+        gradient_rank=load.gradient_rank,
+        epochs=work.epochs if load.method != "head" else 0,
+        peak_bytes=base_bytes + total(items),
+        seconds=seconds,
+        items=(base, *items),
+    )
