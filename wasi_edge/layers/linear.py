@@ -85,6 +85,7 @@ class WasiLinear:
             self.params["scale"] = scale
         self.basis: Tensor | None = None
         self.token_weight: Tensor | None = None
+        self._cold = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -98,6 +99,15 @@ class WasiLinear:
         self.basis = tucker.initial_basis(right.shape[1], rank, generator, right.dtype)
         self.token_weight = torch.ones(tokens, dtype=right.dtype)
         self._cold = True
+
+    def training_state(self) -> tuple[Tensor, Tensor, bool]:
+        """Basis (I, r), token weights (N,), and whether the basis is still the random start."""
+        assert self.basis is not None and self.token_weight is not None, "start_training was not called"
+        return self.basis, self.token_weight, self._cold
+
+    def restore(self, basis: Tensor, token_weight: Tensor, cold: bool) -> None:
+        """Take back what `training_state` gave."""
+        self.basis, self.token_weight, self._cold = basis, token_weight, cold
 
     def forward(
         self, x: Tensor, tokens: int, run: Pass, save_as: str | None, out: Tensor | None = None

@@ -24,7 +24,6 @@ class Workload:
 
     ranks            rank of each linear, None where dense
     method           'wasi', 'vanilla' or 'head'
-    moment_bytes     bytes of optimiser state per trained factor weight
     """
 
     geometry: ViTGeometry
@@ -33,7 +32,6 @@ class Workload:
     num_classes: int
     method: str
     gradient_rank: int
-    moment_bytes: float
     augment_photo_bytes: int
 
     @property
@@ -70,6 +68,15 @@ def weight_counts(load: Workload) -> tuple[int, int]:
 def largest_linear_bytes(load: Workload) -> int:
     """float32 bytes of the largest (O, I) among the linears."""
     return max(out * inner for out, inner in load.geometry.linear_shapes().values()) * FLOAT
+
+
+def update_state_bytes(load: Workload) -> int:
+    """State of the rule that updates the factors: momentum (O, r) and its basis (I, r), two float64 (K, K) a linear."""
+    state = 0
+    for name, (out, inner) in load.geometry.linear_shapes().items():
+        state += (out + inner) * min(load.gradient_rank, inner) * FLOAT
+        state += 2 * (load.ranks[name] or 0) ** 2 * 2 * FLOAT
+    return state
 
 
 def saved_bytes_per_token(load: Workload, compact: bool) -> float:
@@ -111,7 +118,7 @@ def training_items(load: Workload, micro_batch: int, recomputed_blocks: int) -> 
         Item("weights (factors)", linears * FLOAT),
         Item("weights (norms, biases, embeddings, head)", others * FLOAT),
         Item("gradients (P, U, dense parameters)", (small_gradients + others) * FLOAT),
-        Item("optimiser state", int(linears * load.moment_bytes + others * 2 * FLOAT)),
+        Item("optimiser state (momentum, Gram matrices, moments)", update_state_bytes(load) + others * 2 * FLOAT),
         Item("kept for the backward pass", int(tokens * kept)),
         Item("buffers of the layer at work", tokens * shared_bytes_per_token(load)),
         Item("photos of a micro-batch", photos),

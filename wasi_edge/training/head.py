@@ -3,7 +3,7 @@
 One pass over the photos gives features X (n, F); the head is the weighted least-squares fit of centred one-hot
 targets with an L2 penalty, chosen among a few by leave-one-out error, which ridge regression gives without
 refitting: e_i / (1 - h_i) (Allen 1974, PRESS). Least squares does not give probabilities, so its outputs are
-multiplied by one number, the temperature that makes the leave-one-out cross-entropy smallest.
+multiplied by one number, the temperature that makes the leave-one-out cross-entropy (of smoothed labels) smallest.
 
 Everything is a function of `FeatureStatistics`, sums over photos. They are stored with a finished run, so that a later
 run can fit a head for its new photos and for classes that it has no photos of any more.
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_SMOOTHING = 0.1
 _CHUNK = 512  # photos whose features are held in float64 at a time
 _PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 
@@ -73,7 +74,7 @@ def fit_head(features: Tensor, labels: Tensor, num_classes: int, earlier: Featur
     weight = balance(labels, num_classes)
     now = FeatureStatistics.of(features, labels, num_classes)
     if earlier is not None:
-        now = _merge(now, earlier)
+        now = merge_statistics(now, earlier)
     total = now.counts.sum()
     mean = now.sums.sum(0) / total
     prior = now.counts / total
@@ -108,7 +109,7 @@ def fit_head(features: Tensor, labels: Tensor, num_classes: int, earlier: Featur
     return Head(full.float(), bias.float())
 
 
-def _merge(now: FeatureStatistics, earlier: FeatureStatistics) -> FeatureStatistics:
+def merge_statistics(now: FeatureStatistics, earlier: FeatureStatistics) -> FeatureStatistics:
     """Sums of both, a class that occurs in both counted once, with today's photos."""
     absent = (now.counts == 0) & (earlier.counts > 0)
     if not bool(absent.any()):
@@ -129,10 +130,21 @@ def _merge(now: FeatureStatistics, earlier: FeatureStatistics) -> FeatureStatist
 
 
 def _best_sharpness(outputs: Tensor, labels: Tensor, weight: Tensor) -> float:
-    """The factor on `outputs` (n, C) with the smallest weighted cross-entropy, among powers of 2^(1/4)."""
+    """The factor on `outputs` (n, C) with the smallest weighted cross-entropy, among powers of 2^(1/4).
+
+    Against smoothed targets: where leave-one-out makes no mistake (few photos, many features), the plain
+    cross-entropy falls without end, and a head a hundred times too sharp would drown the first steps in its gradient.
+    """
     candidates = [2 ** (step / 4) for step in range(-4, 33)]
     losses = [
-        float((weight * torch.nn.functional.cross_entropy(outputs * factor, labels, reduction="none")).sum())
+        float(
+            (
+                weight
+                * torch.nn.functional.cross_entropy(
+                    outputs * factor, labels, reduction="none", label_smoothing=_SMOOTHING
+                )
+            ).sum()
+        )
         for factor in candidates
     ]
     return candidates[min(range(len(losses)), key=losses.__getitem__)]

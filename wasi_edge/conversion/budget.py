@@ -1,0 +1,68 @@
+"""What a conversion holds in memory, and how many calibration photos a budget allows. No torch.
+
+    peak = base + blocks + moments + factorisation + buffers of a pass + tokens of the calibration photos
+
+The terms follow `convert.py`: the dense block and its factors, one moment matrix for each linear's input,
+float64 copies while the widest linear is factored, the buffers of a pass over eight photos, and the tokens in
+float16 (twice for a moment, when they are joined). Measured beside it, MB: ViT-S/14 with 16 photos at 224 px
+378 for 390 estimated, blocks of ViT-B/16 608 for 666; without photos 277 for 291 and 313 for 415.
+"""
+
+from __future__ import annotations
+
+from wasi_edge.errors import BudgetInfeasible
+from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.units import format_size
+
+BASE_BYTES = 240 * 2**20  # Python, torch, numpy, Pillow, Rich
+SLACK_BYTES = 8 * 2**20
+MOST_PHOTOS = 512
+FEWEST_PHOTOS = 16
+_CHUNK_PHOTOS = 8
+_WIDE = 1024
+
+
+def calibration_photos(geometry: ViTGeometry, image_size: int, available: int, budget_bytes: int) -> int:
+    """How many of `available` photos may calibrate (0 where there are none): as many as fit, at most 512.
+
+    Raises BudgetInfeasible, naming the smallest budget that works, where not even 16 of them (or all) fit.
+    """
+    fewest = min(available, FEWEST_PHOTOS)
+    smallest = conversion_bytes(geometry, image_size, fewest)
+    if smallest > budget_bytes:
+        needed = -(-smallest // 2**20)
+        what = f"with {fewest} calibration photos" if fewest else "without calibration"
+        remedy = " or leave --calibrate away" if fewest else ""
+        raise BudgetInfeasible(
+            f"converting this model {what} needs {needed} MB, the budget is {format_size(budget_bytes)}; "
+            f"try --budget {needed}MB{remedy}",
+            needed * 2**20,
+        )
+    most = min(available, MOST_PHOTOS)
+    while conversion_bytes(geometry, image_size, most) > budget_bytes:
+        most -= 1
+    return most
+
+
+def conversion_bytes(geometry: ViTGeometry, image_size: int, photos: int) -> int:
+    """Predicted peak of the process that converts this network, calibrated on so many photos (0: none)."""
+    width, hidden = geometry.width, geometry.mlp_width
+    shapes = [geometry.linear_shapes()[f"blocks.0.{name}"] for name in ("qkv", "proj", "fc1", "fc2")]
+    block = 4 * sum(rows * columns for rows, columns in shapes)
+    widest = max(rows * columns for rows, columns in shapes)
+    fixed = BASE_BYTES + SLACK_BYTES + 2 * block
+    if photos == 0:
+        return fixed + 6 * 8 * widest
+    moments = sum(columns**2 * (4 if columns > _WIDE else 8) for _, columns in shapes)
+    factorisation = 3 * 8 * max(columns for _, columns in shapes) ** 2
+    tokens = geometry.tokens(image_size)
+    chunk = 4 * min(photos, _CHUNK_PHOTOS) * tokens * (12 * width + 2 * hidden)
+    held = 2 * photos * tokens * width
+    joining = BASE_BYTES + SLACK_BYTES + 2 * held + chunk
+    return max(fixed + moments + factorisation + chunk + held, joining)
+
+
+def decode_allowance(geometry: ViTGeometry, image_size: int, photos: int, budget_bytes: int) -> int:
+    """Bytes that decoding one calibration photo may take: photos are read before any block is."""
+    tokens = 2 * photos * geometry.tokens(image_size) * geometry.width
+    return budget_bytes - BASE_BYTES - SLACK_BYTES - tokens

@@ -1,0 +1,26 @@
+"""Defaults chosen by measurement; `notes/LOG.md` has the figures behind each."""
+
+from __future__ import annotations
+
+GRADIENT_RANK = 32
+BATCH = 16
+PATIENCE = 5
+WEIGHT_DECAY = 0.01
+CLIP_NORM = 1.0
+LABEL_SMOOTHING = 0.1
+# Learning rates of norms, biases and embeddings, and of the classifier, relative to that of the weights.
+DENSE_RATE = {"wasi": 0.25, "vanilla": 1.0, "head": 0.0}
+HEAD_RATE = {"wasi": 1.0, "vanilla": 1.0, "head": 0.0}
+
+_EPOCHS = {"wasi": 8, "vanilla": 8, "head": 0}
+_LEARNING_RATE = {"wasi": 4e-5, "vanilla": 5e-5, "head": 0.0}
+
+
+def epochs(method: str) -> int:
+    """Epochs of gradient steps."""
+    return _EPOCHS[method]
+
+
+def learning_rate(method: str) -> float:
+    """Peak learning rate."""
+    return _LEARNING_RATE[method]

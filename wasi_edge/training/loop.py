@@ -1,0 +1,239 @@
+"""Epochs and steps: order, schedule, accumulation, validation, early stopping, checkpoints, stopping on time.
+
+Every random choice is a function of (seed, epoch, photo), so that where a run stands is a handful of numbers
+(`Progress`) and a resumed run repeats nothing and skips nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wasi_edge.data.augment import epoch_order
+from wasi_edge.training.photos import PhotoSet
+from wasi_edge.training.request import Events
+from wasi_edge.training.trainer import Trainer
+
+WARM_UP_SHARE = 0.1
+EVALUATION_BATCH = 8
+
+
+@dataclass
+class Progress:
+    """Where a run stands; plain JSON values. `epoch` counts from 1, `epoch_step` the finished steps of it."""
+
+    step: int = 0
+    epoch: int = 1
+    epoch_step: int = 0
+    loss_sum: float = 0.0
+    weight_sum: float = 0.0
+    correct: int = 0
+    seen: int = 0
+    best_accuracy: float = -1.0
+    best_loss: float = math.inf
+    best_epoch: int = 0
+    train_seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; infinity becomes None."""
+        values = dataclasses.asdict(self)
+        values["best_loss"] = None if math.isinf(self.best_loss) else self.best_loss
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Progress:
+        """The inverse of `to_dict`."""
+        best_loss = values["best_loss"]
+        return cls(**{**values, "best_loss": math.inf if best_loss is None else best_loss})
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long and in what portions. `patience`: epochs without a better validation before stopping early."""
+
+    epochs: int
+    batch: int
+    micro_batch: int
+    seed: int
+    patience: int
+    max_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the run does at the loop's marks.
+
+    elapsed         seconds since the command began
+    stop_wanted     a signal has come
+    on_best         the validation has improved: keep this model
+    on_step         after every optimiser step (checkpoint if one is due)
+    peak_bytes      peak resident memory of the process so far
+    """
+
+    elapsed: Callable[[], float]
+    stop_wanted: Callable[[], bool]
+    on_best: Callable[[], None]
+    on_step: Callable[[Progress], None]
+    peak_bytes: Callable[[], int]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Accuracy and mean cross-entropy over a photo set, and the logits (n, C)."""
+
+    accuracy: float | None
+    loss: float | None
+    logits: Tensor
+
+
+def validate(trainer: Trainer, photos: PhotoSet, events: Events | None = None, name: str = "validating") -> Validation:
+    """Logits of every photo, in order."""
+    if len(photos) == 0:
+        return Validation(None, None, torch.zeros(0, 0))
+    if events is not None:
+        events.stage(name, len(photos))
+    parts = []
+    for first in range(0, len(photos), EVALUATION_BATCH):
+        chosen = range(first, min(first + EVALUATION_BATCH, len(photos)))
+        parts.append(trainer.logits(photos.pixels(chosen)).clone())
+        if events is not None:
+            events.advance(chosen[-1] + 1)
+    logits = torch.cat(parts)
+    correct = (logits.argmax(1) == photos.labels).float().mean()
+    loss = torch.nn.functional.cross_entropy(logits, photos.labels)
+    return Validation(float(correct), float(loss), logits)
+
+
+def train(
+    trainer: Trainer, photos: PhotoSet, held_out: PhotoSet, settings: LoopSettings, progress: Progress, events: Events, hooks: Hooks
+) -> str:
+    """Run until done; returns 'completed', 'early_stopped', 'time_limit' or 'interrupted'. Updates `progress`."""
+    steps = math.ceil(len(photos) / settings.batch)
+    total_steps = steps * settings.epochs
+    while progress.epoch <= settings.epochs:
+        epoch = progress.epoch
+        order = epoch_order(len(photos), settings.seed, epoch)
+        events.stage(f"epoch {epoch} of {settings.epochs}", len(photos))
+        for index in range(progress.epoch_step, steps):
+            chosen = order[index * settings.batch : (index + 1) * settings.batch]
+            began = time.monotonic()
+            if not _step(trainer, photos, chosen, settings, progress, total_steps, hooks):
+                trainer.abandon()
+                return "interrupted"
+            progress.train_seconds += time.monotonic() - began
+            progress.epoch_step = index + 1
+            loss = progress.loss_sum / max(progress.weight_sum, 1e-12)
+            events.advance(min((index + 1) * settings.batch, len(photos)), f"loss {loss:.3f}")
+            if progress.epoch_step < steps:
+                hooks.on_step(progress)
+                if _out_of_time(settings, hooks, progress, held_out):
+                    _end_epoch(trainer, held_out, progress, settings, events, hooks, (index + 1) / steps)
+                    return "time_limit"
+        _end_epoch(trainer, held_out, progress, settings, events, hooks, 1.0)
+        progress.epoch, progress.epoch_step = epoch + 1, 0
+        progress.loss_sum, progress.weight_sum, progress.correct, progress.seen = 0.0, 0.0, 0, 0
+        hooks.on_step(progress)
+        if progress.epoch > settings.epochs:
+            break
+        if hooks.stop_wanted():
+            return "interrupted"
+        if _out_of_time(settings, hooks, progress, held_out):
+            return "time_limit"
+        if len(held_out) and epoch - progress.best_epoch >= settings.patience:
+            return "early_stopped"
+    return "completed"
+
+
+def schedule(step: int, total_steps: int) -> float:
+    """Linear warm-up over the first tenth, then half a cosine down to zero. `step` counts from 1."""
+    done = step / total_steps
+    return min(1.0, done / WARM_UP_SHARE) * 0.5 * (1 + math.cos(math.pi * (step - 1) / total_steps))
+
+
+def _step(
+    trainer: Trainer,
+    photos: PhotoSet,
+    chosen: np.ndarray,
+    settings: LoopSettings,
+    progress: Progress,
+    total_steps: int,
+    hooks: Hooks,
+) -> bool:
+    """One optimiser step over the photos `chosen`; False if a signal came before its gradients were complete."""
+    loss_sum = weight_sum = 0.0
+    correct = 0
+    for first in range(0, len(chosen), settings.micro_batch):
+        if hooks.stop_wanted():
+            return False
+        part = chosen[first : first + settings.micro_batch]
+        pixels = photos.augmented(part, settings.seed, progress.epoch)
+        weight = photos.weight[part]
+        loss = trainer.micro_batch(pixels, photos.labels[part], weight, first == 0, len(chosen))
+        loss_sum += loss.value
+        weight_sum += float(weight.sum())
+        correct += loss.correct
+    done = progress.step + 1
+    factor = schedule(done, total_steps)
+    if settings.max_seconds is not None:
+        # a run that will be cut off anneals by the clock
+        factor = min(factor, 0.5 * (1 + math.cos(math.pi * min(1.0, hooks.elapsed() / settings.max_seconds))))
+    trainer.apply(done, factor)
+    progress.step = done
+    progress.loss_sum += loss_sum
+    progress.weight_sum += weight_sum
+    progress.correct += correct
+    progress.seen += len(chosen)
+    return True
+
+
+def _out_of_time(settings: LoopSettings, hooks: Hooks, progress: Progress, held_out: PhotoSet) -> bool:
+    """Whether another step, the validation and the closing passes would no longer fit `max_seconds`."""
+    if settings.max_seconds is None:
+        return False
+    per_photo = progress.train_seconds / max(1, progress.step * settings.batch)
+    # a forward pass is about a third of a training pass; the end of a run looks at the held-out photos twice
+    closing = per_photo * (settings.batch + 0.4 * 2 * len(held_out)) + 2.0
+    return hooks.elapsed() + closing >= settings.max_seconds
+
+
+def _end_epoch(
+    trainer: Trainer,
+    held_out: PhotoSet,
+    progress: Progress,
+    settings: LoopSettings,
+    events: Events,
+    hooks: Hooks,
+    share: float,
+) -> None:
+    """Validate, note the history, keep the model if it is the best so far."""
+    result = validate(trainer, held_out, events)
+    entry = {
+        "epoch": round(progress.epoch - 1 + share, 3),
+        "train_loss": progress.loss_sum / max(progress.weight_sum, 1e-12),
+        "train_accuracy": progress.correct / max(progress.seen, 1),
+        "val_accuracy": result.accuracy,
+        "val_loss": result.loss,
+        "steps": progress.step,
+        "seconds": round(hooks.elapsed(), 1),
+        "peak_rss_bytes": hooks.peak_bytes(),
+    }
+    progress.history.append(entry)
+    if result.accuracy is None or result.loss is None:
+        better = True  # nothing to choose by: the last one counts
+    else:
+        better = (result.accuracy, -result.loss) > (progress.best_accuracy, -progress.best_loss)
+    if better:
+        progress.best_accuracy = -1.0 if result.accuracy is None else result.accuracy
+        progress.best_loss = math.inf if result.loss is None else result.loss
+        progress.best_epoch = progress.epoch
+        hooks.on_best()
+    events.epoch(entry)

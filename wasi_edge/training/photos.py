@@ -1,0 +1,44 @@
+"""Batches of pixels from the on-disk cache, for training (augmented) and for validation (as prediction sees them)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wasi_edge.data.augment import augment
+from wasi_edge.data.cache import PhotoCache
+from wasi_edge.preprocess import Preprocessing, center_view, normalise
+
+
+@dataclass(frozen=True)
+class PhotoSet:
+    """One side of the split. `indices` into the cache, `labels` (n,) int64, `weight` (n,) of each photo in the loss."""
+
+    cache: PhotoCache
+    indices: np.ndarray
+    labels: Tensor
+    weight: Tensor
+    preprocessing: Preprocessing
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def views(self, positions: Sequence[int]) -> np.ndarray:
+        """Centre views (B, S, S, 3) uint8, the same pixels that prediction uses."""
+        return np.stack([center_view(self.cache.read(int(self.indices[p])), self.preprocessing) for p in positions])
+
+    def pixels(self, positions: Sequence[int]) -> Tensor:
+        """Centre views, normalised: (B, 3, S, S) float32."""
+        return torch.from_numpy(normalise(self.views(positions), self.preprocessing))
+
+    def augmented(self, positions: Sequence[int], seed: int, epoch: int) -> Tensor:
+        """Random crops and flips, keyed by (seed, epoch, photo), normalised: (B, 3, S, S) float32."""
+        size = self.preprocessing.image_size
+        views = [
+            augment(self.cache.read(int(self.indices[p])), size, seed, epoch, int(self.indices[p])) for p in positions
+        ]
+        return torch.from_numpy(normalise(np.stack(views), self.preprocessing))

@@ -1,0 +1,211 @@
+"""Everything before torch is imported: the photos' headers, the model's shape, the measured base, the plan.
+
+Nothing is written here. `--dry-run` ends after this module; so does a budget that cannot be kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from wasi_edge.artefact import ModelConfig, is_artefact, read_config
+from wasi_edge.conversion.sources import open_source
+from wasi_edge.data.folder import PhotoFolder, scan_folder
+from wasi_edge.errors import UnreadablePhoto, UsageError
+from wasi_edge.memory.malloc import settle_threads
+from wasi_edge.memory.process import read_memory
+from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models.locate import resolve_model
+from wasi_edge.planner.memory import Workload
+from wasi_edge.planner.plan import Plan, Speed, Work, choose_plan
+from wasi_edge.preprocess import Preprocessing, open_photo, shrink
+from wasi_edge.subspace.ranks import break_even_rank
+from wasi_edge.training import defaults
+from wasi_edge.training.probe import run_probe
+from wasi_edge.training.request import Events, FinetuneRequest, Method
+
+_TIMED_PHOTOS = 3
+_TIMED_DECODE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The network to start from. `config` is None for a foreign dense checkpoint; `is_run`: trained by us before.
+
+    `convert_epsilon` is set where the checkpoint must be factored (or truncated further) before training.
+    """
+
+    folder: Path
+    name: str
+    geometry: ViTGeometry
+    preprocessing: Preprocessing
+    config: ModelConfig | None
+    is_run: bool
+    epsilon: float | None
+    convert_epsilon: float | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start."""
+
+    request: FinetuneRequest
+    model: ModelChoice
+    folder: PhotoFolder
+    labels: tuple[str, ...]
+    plan: Plan
+    work: Work
+    ranks: dict[str, int | None]
+    threads: int
+
+
+def prepare(request: FinetuneRequest, events: Events) -> Prepared:
+    """Scan, measure and plan. Raises BudgetInfeasible, NoUsableData, UsageError or ArtefactError."""
+    threads = settle_threads(request.threads)
+    model = choose_model(request)
+    folder = scan_folder(request.photos, min_classes=1 if model.is_run else 2, min_side=model.preprocessing.resize_side)
+    labels = class_labels(model, folder.classes)
+    for note in _notes(request, model, labels, folder):
+        events.message(note)
+    work = _work(request, folder)
+    ranks = _known_ranks(request, model)
+    probe = run_probe(
+        model.geometry,
+        model.preprocessing.image_size,
+        request.method,
+        defaults.GRADIENT_RANK,
+        ranks,
+        str(model.folder),
+        model.convert_epsilon,
+    )
+    ranks = ranks if ranks is not None else probe.ranks
+    assert ranks is not None
+    load = Workload(
+        geometry=model.geometry,
+        image_size=model.preprocessing.image_size,
+        ranks=ranks,
+        num_classes=len(labels),
+        method=request.method,
+        gradient_rank=defaults.GRADIENT_RANK,
+        augment_photo_bytes=3 * 2 * model.preprocessing.resize_side**2,
+    )
+    speed = Speed(probe.train_seconds, probe.infer_seconds, probe.update_seconds, _decode_seconds(folder, model) / threads)
+    base = read_memory().rss_bytes + probe.torch_bytes
+    plan = choose_plan(load, work, base, request.budget_bytes, speed)
+    events.planned(plan.to_dict(), request.budget_bytes, plan.peak_bytes, plan.seconds)
+    return Prepared(request, model, folder, labels, plan, work, ranks, threads)
+
+
+def choose_model(request: FinetuneRequest) -> ModelChoice:
+    """Look at the model's configuration, not at its weights."""
+    folder = resolve_model(request.model)
+    if is_artefact(folder):
+        config = read_config(folder)
+        name, geometry, preprocessing = config.name, config.geometry, config.preprocessing
+    else:
+        config = None
+        with open_source(folder) as source:
+            name, geometry, preprocessing = source.name, source.geometry, source.preprocessing
+    if request.image_size is not None:
+        geometry.tokens(request.image_size)  # refuses a size the patches do not divide, naming its neighbours
+        preprocessing = preprocessing.with_image_size(request.image_size)
+    own = None if config is None else config.epsilon
+    epsilon = request.epsilon if request.epsilon is not None else own
+    convert: float | None = None
+    if request.epsilon is not None and own is not None and request.epsilon > own:
+        raise UsageError(
+            f"--epsilon {request.epsilon:g} is above the {own:g} that {folder} was truncated at, and what was cut away "
+            f"is gone: leave --epsilon out, or start from the dense checkpoint"
+        )
+    if request.method is Method.WASI:
+        if own is None:
+            epsilon = convert = 0.8 if epsilon is None else epsilon
+        elif epsilon is not None and epsilon < own:
+            convert = epsilon
+    return ModelChoice(
+        folder=folder,
+        name=name,
+        geometry=geometry,
+        preprocessing=preprocessing,
+        config=config,
+        is_run=config is not None and config.training is not None,
+        epsilon=epsilon if request.method is Method.WASI or config is not None else None,
+        convert_epsilon=convert,
+    )
+
+
+def class_labels(model: ModelChoice, found: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes of the result: an earlier run's keep their places, new ones follow in alphabetical order."""
+    old = tuple(model.config.labels) if model.is_run and model.config is not None else ()
+    return old + tuple(label for label in found if label not in old)
+
+
+def _known_ranks(request: FinetuneRequest, model: ModelChoice) -> dict[str, int | None] | None:
+    """Rank of each linear as it will be trained; None where it depends on singular values nobody has seen yet."""
+    shapes = model.geometry.linear_shapes()
+    if request.method is Method.VANILLA or (request.method is Method.HEAD and model.config is None):
+        return dict.fromkeys(shapes)
+    if model.convert_epsilon is not None:
+        return None
+    assert model.config is not None
+    ranks = {name: model.config.linears[name] for name in shapes}
+    if request.method is Method.WASI:
+        return {name: break_even_rank(*shapes[name]) if rank is None else rank for name, rank in ranks.items()}
+    return ranks
+
+
+def _work(request: FinetuneRequest, folder: PhotoFolder) -> Work:
+    parts = Counter(photo.part for photo in folder.photos)
+    if parts["val"]:
+        num_val, num_train = parts["val"], parts["train"]
+    else:
+        num_val = round(len(folder.photos) * request.val_split)
+        num_train = len(folder.photos) - num_val
+    batch = min(request.batch or defaults.BATCH, max(num_train, 1))
+    return Work(num_train, num_val, request.epochs or defaults.epochs(request.method), batch)
+
+
+def _decode_seconds(folder: PhotoFolder, model: ModelChoice) -> float:
+    """Seconds to decode and shrink a photo: the mean of a few that are cheap to hold."""
+    light = [photo for photo in folder.photos if photo.header.decode_bytes < _TIMED_DECODE_BYTES]
+    step = max(1, len(light) // _TIMED_PHOTOS)
+    chosen = light[::step][:_TIMED_PHOTOS]
+    began = time.perf_counter()
+    for photo in chosen:
+        try:
+            shrink(open_photo(photo.path, model.preprocessing.resize_side), model.preprocessing)
+        except UnreadablePhoto:
+            continue
+    return (time.perf_counter() - began) / max(1, len(chosen))
+
+
+def _notes(request: FinetuneRequest, model: ModelChoice, labels: tuple[str, ...], folder: PhotoFolder) -> list[str]:
+    """Sentences about what this run does that is not obvious from the command."""
+    notes = []
+    factored = model.config is not None and any(rank is not None for rank in model.config.linears.values())
+    if request.method is Method.VANILLA and factored:
+        notes.append(f"--method vanilla multiplies the factors of {model.name} out to dense weights")
+    if request.method is Method.WASI and model.convert_epsilon is not None:
+        notes.append(f"{model.name} is converted first, at epsilon {model.convert_epsilon:g}, calibrated on your photos")
+    elif request.method is Method.WASI and model.config is not None:
+        dense = [name for name, rank in model.config.linears.items() if rank is None]
+        if dense:
+            notes.append(f"{len(dense)} dense linears are truncated to just below break-even: {', '.join(dense[:4])}")
+    if model.is_run:
+        new = [label for label in folder.classes if model.config and label not in model.config.labels]
+        absent = [label for label in labels if label not in folder.classes]
+        notes.append(
+            f"continuing {os.fspath(model.folder)}: {len(new)} new classes"
+            + (f" ({', '.join(new)})" if new else "")
+            + (f"; no photos now of {', '.join(absent)}, which keep their labels" if absent else "")
+        )
+    return notes
+
+
+def with_plan(prepared: Prepared, plan: Plan) -> Prepared:
+    """The same run under another plan (that of the checkpoint it resumes from)."""
+    return dataclasses.replace(prepared, plan=plan)

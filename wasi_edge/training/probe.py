@@ -1,0 +1,225 @@
+"""What torch costs on this machine, measured by a short child process: memory and time.
+
+The planner needs to know, before torch is imported here, what the process will hold once it is, which ranks a dense
+checkpoint will get, and how long a step takes. A child imports torch, measures one block of the very network, says so
+as one line of JSON and exits; it never exists at the same time as the run's own torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from wasi_edge.errors import WasiEdgeError
+from wasi_edge.models.geometry import ViTGeometry
+
+_PHOTOS = 4
+_ENOUGH_SECONDS = 0.7
+# the child has to do with it what the run does with a whole network
+_WARM_UP_SIZES = (32, 256)
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """`torch_bytes`: what importing and warming up torch adds to a process. Seconds are per photo, `update_seconds`
+    per optimiser step. `ranks` of the linears, where they were asked for."""
+
+    torch_bytes: int
+    train_seconds: float
+    infer_seconds: float
+    update_seconds: float
+    ranks: dict[str, int | None] | None
+
+
+def run_probe(
+    geometry: ViTGeometry,
+    image_size: int,
+    method: str,
+    gradient_rank: int,
+    ranks: Mapping[str, int | None] | None,
+    source: str | None,
+    epsilon: float | None,
+) -> ProbeResult:
+    """Measure in a child process. With `ranks` None they are computed from the checkpoint `source` at `epsilon`.
+
+    Raises WasiEdgeError with the child's message if it fails.
+    """
+    question = {
+        "geometry": geometry.to_dict(),
+        "image_size": image_size,
+        "method": method,
+        "gradient_rank": gradient_rank,
+        "ranks": None if ranks is None else dict(ranks),
+        "source": source,
+        "epsilon": epsilon,
+    }
+    child = subprocess.run(
+        [sys.executable, "-m", "wasi_edge.training.probe"],
+        input=json.dumps(question),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        check=False,
+    )
+    try:
+        answer = json.loads(child.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        detail = (child.stderr.strip().splitlines() or ["no output"])[-1]
+        raise WasiEdgeError(f"torch could not be measured on this machine: {detail}") from None
+    if "error" in answer:
+        raise WasiEdgeError(answer["error"])
+    return ProbeResult(**answer)
+
+
+def _main() -> int:
+    """The child: one JSON question on stdin, one JSON answer on stdout."""
+    question = json.load(sys.stdin)
+    # what the run has imported too before torch, so that the difference is torch's alone
+    import numpy  # noqa: F401, ICN001
+    import PIL.Image  # noqa: F401
+
+    from wasi_edge.memory.malloc import settle_threads, tune_malloc
+    from wasi_edge.memory.process import read_memory
+
+    tune_malloc()
+    threads = settle_threads(None)
+    before = read_memory().rss_bytes
+    try:
+        print(json.dumps(_measure(question, threads, before)))
+    except WasiEdgeError as error:
+        print(json.dumps({"error": str(error)}))
+    return 0
+
+
+def _measure(question: dict[str, Any], threads: int, before_bytes: int) -> dict[str, Any]:
+    import torch
+
+    from wasi_edge.memory.process import read_memory
+    from wasi_edge.training import setup  # noqa: F401  (what the run imports is part of its base)
+
+    torch.set_num_threads(threads)
+    for size in _WARM_UP_SIZES:
+        square = torch.ones(size, size)
+        torch.nn.functional.gelu(square @ square)
+        torch.linalg.eigh((square @ square).double())
+    torch_bytes = read_memory().rss_bytes - before_bytes
+    geometry = ViTGeometry.from_dict(question["geometry"])
+    ranks = question["ranks"] or _ranks(question)
+    block_seconds = _train_block if question["method"] == "wasi" else _train_vanilla_block
+    infer = _infer_block(geometry, question["image_size"], ranks)
+    train, update = 0.0, 0.0
+    if question["method"] != "head":
+        train, update = block_seconds(geometry, question["image_size"], ranks, question["gradient_rank"])
+    return {
+        "torch_bytes": torch_bytes,
+        "train_seconds": geometry.depth * train / _PHOTOS,
+        "infer_seconds": geometry.depth * infer / _PHOTOS,
+        "update_seconds": geometry.depth * update,
+        "ranks": ranks if question["ranks"] is None else None,
+    }
+
+
+def _ranks(question: dict[str, Any]) -> dict[str, int | None]:
+    from wasi_edge.conversion.convert import Settings, choose_ranks
+    from wasi_edge.conversion.sources import open_source
+
+    with open_source(question["source"]) as source:
+        return choose_ranks(source, Settings(epsilon=question["epsilon"], always_factor=True))
+
+
+def _random_block(geometry: ViTGeometry, ranks: Mapping[str, int | None]) -> Any:
+    """A block of the network's middle with random weights."""
+    import torch
+
+    from wasi_edge.models.vit import build_block
+
+    index = geometry.depth // 2
+    shapes = geometry.tensor_shapes(ranks, None)
+    generator = torch.Generator().manual_seed(0)
+    return build_block(
+        geometry, index, ranks, lambda name: torch.randn(shapes[name], generator=generator).mul_(0.02)
+    )
+
+
+def _infer_block(geometry: ViTGeometry, image_size: int, ranks: Mapping[str, int | None]) -> float:
+    import torch
+
+    from wasi_edge.layers.saving import Pass
+
+    block, run = _random_block(geometry, ranks), Pass()
+    x = torch.randn(_PHOTOS, geometry.tokens(image_size), geometry.width, generator=torch.Generator().manual_seed(1))
+    return _median_seconds(lambda: block.forward(x, run, None))
+
+
+def _train_block(
+    geometry: ViTGeometry, image_size: int, ranks: Mapping[str, int | None], gradient_rank: int
+) -> tuple[float, float]:
+    """Seconds of forward and backward of one block for four photos, and of the update of its factors."""
+    import torch
+
+    from wasi_edge.layers.saving import Keep, Pass
+    from wasi_edge.training.factor_update import FactorUpdate
+
+    block, run = _random_block(geometry, ranks), Pass(refresh_basis=True)
+    tokens = geometry.tokens(image_size)
+    generator = torch.Generator().manual_seed(1)
+    for linear in block.linears.values():
+        linear.start_training(gradient_rank, tokens, generator)
+    x = torch.randn(_PHOTOS, tokens, geometry.width, generator=generator)
+    latest: dict[str, Any] = {}
+
+    def both() -> None:
+        y, saved = block.forward(x, run, Keep.COMPACT)
+        _, gradients = block.backward(saved, y.clone(), run)
+        latest.update(gradients)
+
+    seconds = _median_seconds(both)
+    rule = FactorUpdate(block.linears, 0.0)
+
+    def update() -> None:
+        for name in block.linears:
+            rule.update(name, latest[f"{name}.projected"].clone(), 1e-6, 1)
+
+    return seconds, _median_seconds(update)
+
+
+def _train_vanilla_block(
+    geometry: ViTGeometry, image_size: int, ranks: Mapping[str, int | None], gradient_rank: int
+) -> tuple[float, float]:
+    """The same for a dense block under autograd and torch's AdamW."""
+    import torch
+
+    from wasi_edge.models.vanilla import VanillaBlock
+
+    block = VanillaBlock(geometry)
+    optimizer = torch.optim.AdamW(block.parameters(), lr=1e-6)
+    x = torch.randn(_PHOTOS, geometry.tokens(image_size), geometry.width).requires_grad_()
+
+    def both() -> None:
+        block(x).square().mean().backward()
+
+    seconds = _median_seconds(both)
+    return seconds, _median_seconds(optimizer.step)
+
+
+def _median_seconds(work: Callable[[], object]) -> float:
+    """Median time of a call after two for warming up."""
+    work()
+    work()
+    times: list[float] = []
+    end = time.monotonic() + _ENOUGH_SECONDS
+    while len(times) < 3 or (time.monotonic() < end and len(times) < 50):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return sorted(times)[len(times) // 2]
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

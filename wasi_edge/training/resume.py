@@ -1,0 +1,106 @@
+"""What a run writes down about itself so that it can be gone on with, and how an interrupted one is found again.
+
+`checkpoint/run.json` holds the choices that decide the result, and the plan. A resumed run keeps both: another value
+for one of them is an error, a budget that the plan no longer fits is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from wasi_edge.errors import BudgetInfeasible, UsageError
+from wasi_edge.planner.memory import Item
+from wasi_edge.planner.plan import Plan
+from wasi_edge.training.prepare import Prepared, with_plan
+from wasi_edge.training.request import Events, FinetuneRequest
+from wasi_edge.units import format_size
+
+_FINISHED = ("completed", "early_stopped")
+
+
+def run_record(prepared: Prepared) -> dict[str, Any]:
+    """The content of run.json."""
+    plan = prepared.plan
+    return {
+        "choices": _choices(prepared),
+        "plan": {**plan.to_dict(), "peak_bytes": plan.peak_bytes, "seconds": plan.seconds},
+    }
+
+
+def completed_report(request: FinetuneRequest) -> dict[str, Any] | None:
+    """The report of a run that is already complete in `request.out`, None otherwise."""
+    report = _read(request.out / "report.json")
+    if report is None or report.get("status") not in _FINISHED:
+        return None
+    return report
+
+
+def recorded_plan(prepared: Prepared, events: Events) -> tuple[Prepared, bool]:
+    """`prepared` under the plan that the run in OUT began with, and whether there is such a run.
+
+    Raises UsageError if the command asks for something else than that run did, BudgetInfeasible if its plan no longer
+    fits the budget.
+    """
+    request = prepared.request
+    root = request.out / "checkpoint"
+    record = _read(root / "run.json")
+    if not request.resume or record is None or not any(root.glob("step-*/manifest.json")):
+        return prepared, False
+    now, then = _choices(prepared), record["choices"]
+    changed = [key for key in now if now[key] != then.get(key)]
+    if changed:
+        listed = ", ".join(f"{key} (was {then.get(key)}, now {now[key]})" for key in changed)
+        raise UsageError(f"{request.out} was begun with other choices: {listed}; use the same, or another --out")
+    stored = dict(record["plan"])
+    own = prepared.plan.items[0]
+    items = tuple(Item(entry["item"], entry["bytes"]) for entry in stored["memory"])
+    # libraries may weigh something else today; the rest of the plan is arithmetic
+    items = (own, *items[1:])
+    plan = Plan(
+        method=stored["method"],
+        image_size=stored["image_size"],
+        micro_batch=stored["micro_batch"],
+        accumulation=stored["accumulation"],
+        recomputed_blocks=stored["recomputed_blocks"],
+        gradient_rank=stored["gradient_rank"],
+        epochs=stored["epochs"],
+        peak_bytes=sum(item.bytes for item in items),
+        seconds=stored["seconds"],
+        items=items,
+    )
+    if plan.peak_bytes > request.budget_bytes:
+        raise BudgetInfeasible(
+            f"the run in {request.out} goes on with the plan it began with, which needs "
+            f"{format_size(plan.peak_bytes)}; the budget is {format_size(request.budget_bytes)}",
+            plan.peak_bytes,
+        )
+    if plan != prepared.plan:
+        events.message("going on with the plan the run began with")
+    return with_plan(prepared, plan), True
+
+
+def _choices(prepared: Prepared) -> dict[str, Any]:
+    """What decides the result of a run."""
+    request, work = prepared.request, prepared.work
+    return {
+        "photos": str(Path(request.photos).resolve()),
+        "model": str(prepared.model.folder.resolve()),
+        "method": str(request.method),
+        "epochs": work.epochs,
+        "batch": work.batch,
+        "epsilon": prepared.model.epsilon,
+        "val_split": request.val_split,
+        "seed": request.seed,
+        "image_size": prepared.model.preprocessing.image_size,
+        "lr": request.learning_rate,
+    }
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None

@@ -1,0 +1,314 @@
+"""The part of a run with torch in the process: head, gradient steps, checkpoints, result."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wasi_edge.data.augment import class_weights
+from wasi_edge.data.cache import PhotoCache
+from wasi_edge.data.split import near_duplicate_groups, split
+from wasi_edge.errors import Interrupted, NoUsableData
+from wasi_edge.memory.process import MemoryWatch
+from wasi_edge.tensorfile import write_json_atomic
+from wasi_edge.training import defaults, result, setup
+from wasi_edge.training.checkpoint import Checkpoint, drop_checkpoints, latest_checkpoint, save_checkpoint
+from wasi_edge.training.cooling import Cooler
+from wasi_edge.training.head import FeatureStatistics, Head, fit_head
+from wasi_edge.training.loop import Hooks, LoopSettings, Progress, Validation, train, validate
+from wasi_edge.training.photos import PhotoSet
+from wasi_edge.training.prepare import Prepared
+from wasi_edge.training.report_keys import base_report
+from wasi_edge.training.request import Events, Method
+from wasi_edge.training.signals import StopSignals
+from wasi_edge.training.trainer import Trainer
+
+
+class Session:
+    """One run from decoded photos to the result."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        cache: PhotoCache,
+        work_folder: Path,
+        events: Events,
+        signals: StopSignals,
+        watch: MemoryWatch,
+        began: float,
+    ) -> None:
+        torch.set_num_threads(prepared.threads)
+        torch.set_grad_enabled(False)
+        self._prepared, self._cache, self._work_folder = prepared, cache, work_folder
+        self._events, self._signals, self._watch, self._began = events, signals, watch, began
+        self._out = prepared.request.out
+        self._width = prepared.model.geometry.feature_width
+        self._earlier: FeatureStatistics | None = None
+        hashes: set[int] = set()
+        if prepared.model.is_run:
+            self._earlier, hashes = result.load_statistics(prepared.model.folder, len(prepared.labels), self._width)
+        train_indices, val_indices = split_photos(prepared, cache, hashes)
+        if not train_indices:
+            raise NoUsableData(f"{prepared.request.photos}: no photos are left to train on; add some")
+        self._photos = self._photo_set(train_indices, weighted=True)
+        self._held_out = self._photo_set(val_indices, weighted=False)
+        self._head_accuracy: float | None = None
+        self._before: dict[str, Any] | None = None
+        self._saved_at: float | None = None
+        self._resumed_from: int | None = None
+        self._config = setup.artefact_config(prepared, self._training_record())
+
+    def run(self) -> dict[str, Any]:
+        """Everything; returns the report, which is on disk by then."""
+        trainer = setup.build_trainer(self._prepared, self._model_folder(), self._active_classes())
+        progress = Progress()
+        checkpoint = latest_checkpoint(self._work_folder) if self._prepared.request.resume else None
+        if checkpoint is not None:
+            progress = self._restore(trainer, checkpoint)
+        else:
+            drop_checkpoints(self._work_folder)
+            self._start(trainer, progress)
+        if self._prepared.request.method is Method.HEAD:
+            status = "completed"
+        else:
+            status = self._train(trainer, progress)
+        if status == "interrupted":
+            self._checkpoint(trainer, progress)
+            self._events.message(f"stopped by {self._signals.received} and saved; go on with --resume")
+            report = self._report(status, progress)
+            write_json_atomic(self._out / "report.json", report)
+            return report
+        return self._finish(trainer, progress, status)
+
+    def _train(self, trainer: Trainer, progress: Progress) -> str:
+        request, plan, work = self._prepared.request, self._prepared.plan, self._prepared.work
+        cooler = Cooler(request.max_temperature, self._events)
+        settings = LoopSettings(
+            epochs=work.epochs,
+            batch=work.batch,
+            micro_batch=plan.micro_batch,
+            seed=request.seed,
+            patience=defaults.PATIENCE,
+            max_seconds=request.max_seconds,
+        )
+
+        def after_step(now: Progress) -> None:
+            cooler.rest(lambda: self._signals.received is not None)
+            due = self._saved_at is None or time.monotonic() - self._saved_at >= request.checkpoint_seconds
+            if due:
+                self._checkpoint(trainer, now)
+
+        hooks = Hooks(
+            elapsed=self._elapsed,
+            stop_wanted=lambda: self._signals.received is not None,
+            on_best=lambda: setup.save_model(trainer, self._config, self._out),
+            on_step=after_step,
+            peak_bytes=lambda: self._watch.peak_rss_bytes,
+        )
+        status = train(trainer, self._photos, self._held_out, settings, progress, self._events, hooks)
+        if status == "time_limit":
+            self._checkpoint(trainer, progress)
+        return status
+
+    def _start(self, trainer: Trainer, progress: Progress) -> None:
+        """The closed-form head on the frozen network: epoch 0."""
+        if self._prepared.model.is_run:
+            self._before = self._accuracy_before(trainer)
+        self._events.stage("looking at the photos", len(self._photos))
+
+        def advance(done: int) -> None:
+            if self._signals.received:
+                raise Interrupted("stopped before the first step; --resume begins there again")
+            self._events.advance(done)
+
+        features = result.features_of(trainer, self._photos, range(len(self._photos)), advance)
+        head = fit_head(features, self._photos.labels, len(self._prepared.labels), self._earlier)
+        del features
+        trainer.set_head(head)
+        validation = validate(trainer, self._held_out, self._events)
+        self._head_accuracy = validation.accuracy
+        progress.best_accuracy = -1.0 if validation.accuracy is None else validation.accuracy
+        progress.best_loss = math.inf if validation.loss is None else validation.loss
+        entry = {
+            "epoch": 0,
+            "train_loss": None,
+            "train_accuracy": None,
+            "val_accuracy": validation.accuracy,
+            "val_loss": validation.loss,
+            "steps": 0,
+            "seconds": round(self._elapsed(), 1),
+            "peak_rss_bytes": self._watch.peak_rss_bytes,
+        }
+        progress.history.append(entry)
+        setup.save_model(trainer, self._config, self._out)
+        self._events.epoch(entry)
+
+    def _finish(self, trainer: Trainer, progress: Progress, status: str) -> dict[str, Any]:
+        """The best model again, its held-out photos, the statistics for a later run, the reports."""
+        setup.load_parameters(trainer, self._out)
+        validation = validate(trainer, self._held_out, self._events, "looking at the result")
+        held_out, photos = result.held_out_results(validation, self._held_out, self._prepared.labels)
+        result.save_statistics(trainer, self._photos, len(self._prepared.labels), self._earlier, self._out)
+        report = {**self._report(status, progress), **held_out}
+        if self._prepared.model.is_run:
+            report["continued_from"] = self._continuation(validation)
+        result.write_reports(report, photos, self._out)
+        if status != "time_limit":
+            drop_checkpoints(self._work_folder)
+            self._remove_inputs()
+        return report
+
+    def _report(self, status: str, progress: Progress) -> dict[str, Any]:
+        history = progress.history
+        seen = progress.step * self._prepared.work.batch
+        epochs_run = history[-1]["epoch"] if history else 0
+        return {
+            **base_report(self._prepared, status, self._watch),
+            "optimizer_steps": progress.step,
+            "resumed_from_step": self._resumed_from,
+            "num_train_images": len(self._photos),
+            "num_val_images": len(self._held_out),
+            "skipped_files": [
+                {"path": skipped.path, "reason": skipped.reason}
+                for skipped in [*self._prepared.folder.skipped, *self._cache.skipped]
+            ],
+            "epochs_run": epochs_run,
+            "train_seconds": round(progress.train_seconds, 2),
+            "total_seconds": round(self._elapsed(), 2),
+            "images_per_second": round(seen / progress.train_seconds, 2) if progress.train_seconds else None,
+            "head_only_val_accuracy": self._head_accuracy,
+            "best_val_accuracy": None if progress.best_accuracy < 0 else progress.best_accuracy,
+            "best_epoch": progress.best_epoch,
+            "final_val_accuracy": history[-1]["val_accuracy"] if history else None,
+            "history": history,
+            "memory_samples": [[round(seconds, 2), count] for seconds, count in self._watch.samples],
+            "out": str(self._out),
+        }
+
+    def _checkpoint(self, trainer: Trainer, progress: Progress) -> None:
+        save_checkpoint(
+            self._work_folder,
+            progress.step,
+            trainer.state(),
+            {
+                "progress": progress.to_dict(),
+                "head_accuracy": self._head_accuracy,
+                "before": self._before,
+            },
+        )
+        self._saved_at = time.monotonic()
+
+    def _restore(self, trainer: Trainer, checkpoint: Checkpoint) -> Progress:
+        trainer.load_state(checkpoint.tensors())
+        self._head_accuracy = checkpoint.progress["head_accuracy"]
+        self._before = checkpoint.progress["before"]
+        self._resumed_from = checkpoint.step
+        self._saved_at = time.monotonic()
+        self._events.message(f"going on from step {checkpoint.step}")
+        return Progress.from_dict(checkpoint.progress["progress"])
+
+    def _model_folder(self) -> Path:
+        """The artefact to train: the model's own folder, or the one it is converted to here."""
+        model = self._prepared.model
+        if model.convert_epsilon is None:
+            return model.folder
+        folder = self._work_folder / "model"
+        if not (folder / "config.json").exists():
+            setup.convert_for(self._prepared, self._photos, folder, self._events)
+        return folder
+
+    def _accuracy_before(self, trainer: Trainer) -> dict[str, Any]:
+        """How the earlier run's own head does on today's held-out photos of its classes."""
+        config = self._prepared.model.config
+        assert config is not None
+        weight, bias = setup.earlier_head(config, self._prepared.model.folder)
+        missing = len(self._prepared.labels) - len(bias)
+        padded = Head(
+            torch.cat((weight, torch.zeros(missing, weight.shape[1]))),
+            torch.cat((bias, torch.full((missing,), -1e4))),  # a class it does not know is never its answer
+        )
+        trainer.set_head(padded)
+        validation = validate(trainer, self._held_out, self._events, "the earlier model on these photos")
+        old = set(range(len(bias)))
+        return {"old_class_accuracy_before": result.accuracy_on(validation, self._held_out, old)}
+
+    def _continuation(self, validation: Validation) -> dict[str, Any]:
+        """Old and new classes, before and after."""
+        config = self._prepared.model.config
+        assert config is not None
+        labels, old_count = self._prepared.labels, len(config.labels)
+        present = set(self._cache.labels)
+        return {
+            "model": str(self._prepared.model.folder),
+            "old_classes": list(labels[:old_count]),
+            "new_classes": list(labels[old_count:]),
+            "absent_classes": [label for label in labels if label not in present],
+            **(self._before or {}),
+            "old_class_accuracy": result.accuracy_on(validation, self._held_out, set(range(old_count))),
+            "new_class_accuracy": result.accuracy_on(
+                validation, self._held_out, set(range(old_count, len(labels)))
+            ),
+        }
+
+    def _photo_set(self, indices: list[int], weighted: bool) -> PhotoSet:
+        number = {label: index for index, label in enumerate(self._prepared.labels)}
+        labels = [number[self._cache.labels[i]] for i in indices]
+        weight = torch.ones(len(labels))
+        if weighted and labels:
+            per_class = class_weights(labels, len(self._prepared.labels))
+            weight = torch.tensor([per_class[label] for label in labels], dtype=torch.float32)
+        return PhotoSet(
+            self._cache,
+            np.array(indices, dtype=np.int64),
+            torch.tensor(labels, dtype=torch.int64),
+            weight,
+            self._prepared.model.preprocessing,
+        )
+
+    def _active_classes(self) -> Tensor | None:
+        """Mask of the classes that have photos to train on; None when all do."""
+        active = torch.bincount(self._photos.labels, minlength=len(self._prepared.labels)) > 0
+        return None if bool(active.all()) else active
+
+    def _training_record(self) -> dict[str, Any]:
+        """What config.json says about this run."""
+        request, plan = self._prepared.request, self._prepared.plan
+        return {
+            "method": str(request.method),
+            "seed": request.seed,
+            "epochs": plan.epochs,
+            "effective_batch": self._prepared.work.batch,
+            "gradient_rank": plan.gradient_rank,
+            "num_train_images": len(self._photos),
+        }
+
+    def _remove_inputs(self) -> None:
+        """The decoded photos and the converted start: a finished run needs neither."""
+        self._cache.close()
+        for name in ("photos", "model"):
+            shutil.rmtree(self._work_folder / name, ignore_errors=True)
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+
+def split_photos(prepared: Prepared, cache: PhotoCache, earlier_hashes: set[int]) -> tuple[list[int], list[int]]:
+    """Indices of training and validation photos: stratified, bursts and earlier training photos on one side."""
+    groups = near_duplicate_groups(cache.hashes, cache.labels)
+    train, val = split(cache.labels, groups, cache.parts, prepared.request.val_split, prepared.request.seed)
+    if any(part == "val" for part in cache.parts):
+        return [int(i) for i in train], [int(i) for i in val]
+    known = {groups[i] for i in range(len(cache)) if cache.hashes[i] in earlier_hashes}
+    moved = [int(i) for i in val if groups[i] in known]
+    kept = Counter(cache.labels[int(i)] for i in val if groups[i] not in known)
+    # a class whose held-out photos were all trained on before keeps them: a flattered figure beats none, and is said
+    moved = [i for i in moved if kept[cache.labels[i]] > 0]
+    return sorted([int(i) for i in train] + moved), [int(i) for i in val if int(i) not in set(moved)]

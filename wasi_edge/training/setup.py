@@ -1,0 +1,151 @@
+"""From a model on disk to a trainer, and back: the part of a run that knows both files and torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wasi_edge.artefact import ModelConfig, open_artefact, write_artefact
+from wasi_edge.conversion.convert import Calibration, Settings, convert, spread
+from wasi_edge.conversion.factorise import factorise
+from wasi_edge.conversion.sources import open_source
+from wasi_edge.layers.saving import Keep
+from wasi_edge.models.vanilla import build_vanilla
+from wasi_edge.models.vit import VisionTransformer, build_vit
+from wasi_edge.training import defaults
+from wasi_edge.training.photos import PhotoSet
+from wasi_edge.training.prepare import Prepared
+from wasi_edge.training.request import Events, Method
+from wasi_edge.training.trainer import FrozenTrainer, Recipe, Trainer, VanillaTrainer, WasiTrainer
+
+# tokens of the calibration photos wait in float16 while a dense network is factored
+_CALIBRATION_BYTES = 48 * 2**20
+
+
+def convert_for(prepared: Prepared, photos: PhotoSet, out: Path, events: Events) -> None:
+    """Factor the dense checkpoint of this run, calibrated on its own training photos, into the folder `out`."""
+    geometry, size = prepared.model.geometry, prepared.model.preprocessing.image_size
+    photo_bytes = geometry.tokens(size) * geometry.width * 2
+    chosen = spread(len(photos), max(8, min(512, _CALIBRATION_BYTES // photo_bytes)))
+    assert prepared.model.convert_epsilon is not None
+    settings = Settings(prepared.model.convert_epsilon, "float32", size, always_factor=True)
+    events.stage("factoring", geometry.depth)
+    with open_source(prepared.model.folder) as source:
+        convert(
+            source,
+            out,
+            settings,
+            Calibration(len(chosen), lambda index: photos.views([chosen[index]])[0]),
+            on_progress=lambda done, _: events.advance(done),
+        )
+
+
+def recipe_of(prepared: Prepared) -> Recipe:
+    """Learning rates and the rest, from the request and the defaults."""
+    request = prepared.request
+    rate = request.learning_rate or defaults.learning_rate(request.method)
+    return Recipe(
+        learning_rate=rate,
+        dense_rate=rate * defaults.DENSE_RATE[request.method],
+        head_rate=rate * defaults.HEAD_RATE[request.method],
+        weight_decay=defaults.WEIGHT_DECAY,
+        clip_norm=defaults.CLIP_NORM,
+        label_smoothing=defaults.LABEL_SMOOTHING,
+        batch=prepared.work.batch,
+    )
+
+
+def build_trainer(prepared: Prepared, model_folder: Path, active: Tensor | None) -> Trainer:
+    """The trainer of this run's method on the model in `model_folder`, its head at zero."""
+    request, plan = prepared.request, prepared.plan
+    size, num_classes = prepared.model.preprocessing.image_size, len(prepared.labels)
+    if request.method is Method.VANILLA:
+        with open_source(model_folder) as source:
+            geometry = source.geometry
+            vanilla = build_vanilla(geometry, lambda name: torch.from_numpy(source.read(name)), size, num_classes)
+        return VanillaTrainer(vanilla, recipe_of(prepared), active)
+    model = _load_vit(prepared, model_folder, num_classes)
+    if request.method is Method.HEAD:
+        return FrozenTrainer(model)
+    # the blocks at the end are recomputed first: theirs is the shortest way back
+    kept = prepared.model.geometry.depth - plan.recomputed_blocks
+    keeps = [Keep.COMPACT] * kept + [Keep.RECOMPUTE] * plan.recomputed_blocks
+    return WasiTrainer(model, recipe_of(prepared), keeps, plan.gradient_rank, request.seed, active)
+
+
+def earlier_head(config: ModelConfig, folder: Path) -> tuple[Tensor, Tensor]:
+    """Weight (C, F) and bias (C,) of an artefact's classifier."""
+    with open_artefact(folder) as artefact:
+        weight = torch.from_numpy(artefact.tensors.read("head.weight", np.float32))
+        return weight, torch.from_numpy(artefact.tensors.read("head.bias", np.float32))
+
+
+def artefact_config(prepared: Prepared, training: dict[str, Any]) -> ModelConfig:
+    """Configuration of this run's result; its position table is that of the training size."""
+    model, request = prepared.model, prepared.request
+    size = model.preprocessing.image_size
+    geometry = dataclasses.replace(model.geometry, position_grid=size // model.geometry.patch_size)
+    provenance: Mapping[str, Any] = {} if model.config is None else model.config.provenance
+    return ModelConfig(
+        name=model.name,
+        geometry=geometry,
+        linears=prepared.ranks,
+        preprocessing=model.preprocessing,
+        epsilon=None if request.method is Method.VANILLA else model.epsilon,
+        dtype="float32",
+        id2label=dict(enumerate(prepared.labels)),
+        provenance={**provenance, "fine_tuned_from": model.name},
+        training=training,
+    )
+
+
+def save_model(trainer: Trainer, config: ModelConfig, folder: Path) -> None:
+    """Write the trainer's parameters as an artefact, atomically."""
+    parameters = trainer.parameters()
+    with write_artefact(folder, config) as writer:
+        for name in config.tensor_shapes():
+            writer.add(name, parameters[name].contiguous().numpy())
+
+
+def load_parameters(trainer: Trainer, folder: Path) -> None:
+    """Take the parameters of an artefact that `save_model` wrote."""
+    parameters = trainer.parameters()
+    with open_artefact(folder) as artefact, torch.no_grad():
+        for name in artefact.tensors:
+            parameters[name].copy_(torch.from_numpy(artefact.tensors.read(name, np.float32)))
+
+
+def _load_vit(prepared: Prepared, folder: Path, num_classes: int) -> VisionTransformer:
+    """The explicit network, float32, in factors where `prepared.ranks` says so."""
+    geometry, size = prepared.model.geometry, prepared.model.preprocessing.image_size
+    head = {
+        "head.weight": torch.zeros(num_classes, geometry.feature_width),
+        "head.bias": torch.zeros(num_classes),
+    }
+    if prepared.model.config is None and prepared.model.convert_epsilon is None:
+        with open_source(folder) as source:
+            read = lambda name: head[name] if name in head else torch.from_numpy(source.read(name))  # noqa: E731
+            return build_vit(geometry, prepared.ranks, read, size, head=True)
+    with open_artefact(folder) as artefact:
+        stored = artefact.config.linears
+        truncated: dict[str, Tensor] = {}
+
+        def read_artefact(name: str) -> Tensor:
+            if name in head:
+                return head[name]
+            linear, _, key = name.rpartition(".")
+            rank = prepared.ranks.get(linear)
+            if key in ("left", "right") and rank is not None and stored[linear] is None:
+                if name not in truncated:
+                    dense = torch.from_numpy(artefact.tensors.read(f"{linear}.weight", np.float32))
+                    truncated[f"{linear}.left"], truncated[f"{linear}.right"] = factorise(dense, rank)
+                return truncated.pop(name)
+            return torch.from_numpy(artefact.tensors.read(name, np.float32))
+
+        return build_vit(geometry, prepared.ranks, read_artefact, size, head=True)

@@ -1,0 +1,295 @@
+"""One optimiser step, whatever the method: the interface the loop drives, and its two implementations.
+
+`WasiTrainer` runs the explicit engine on factors; `VanillaTrainer` runs torch autograd and torch's AdamW on the dense
+network. Both own parameters, gradients and optimiser state; neither knows about epochs, photos on disk or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from wasi_edge.errors import WasiEdgeError
+from wasi_edge.layers.linear import WasiLinear
+from wasi_edge.layers.saving import Keep, Pass
+from wasi_edge.models.vanilla import VanillaViT
+from wasi_edge.models.vit import VisionTransformer, artefact_name
+from wasi_edge.training.adam import Adam
+from wasi_edge.training.factor_update import FactorUpdate
+from wasi_edge.training.head import Head
+from wasi_edge.training.loss import Loss, cross_entropy
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a step does, chosen once per run.
+
+    learning_rate       of the factors (wasi) or of all weights (vanilla), before the schedule
+    head_rate           of the classifier, relative to `dense_rate`
+    dense_rate          of norms, biases, embeddings and LayerScale (wasi)
+    """
+
+    learning_rate: float
+    dense_rate: float
+    head_rate: float
+    weight_decay: float
+    clip_norm: float
+    label_smoothing: float
+    batch: int
+
+
+class Trainer(Protocol):
+    """What the loop needs of a method."""
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """(B, C, S, S) -> (B, F), nothing kept."""
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """(B, C, S, S) -> (B, classes), nothing kept."""
+
+    def set_head(self, head: Head) -> None:
+        """Start from this classifier."""
+
+    def micro_batch(self, pixels: Tensor, labels: Tensor, weight: Tensor, first: bool, batch: int) -> Loss:
+        """Add the gradients of a part of an effective batch of `batch` photos; `first` starts a new step."""
+
+    def apply(self, step: int, schedule: float) -> float:
+        """Clip, update, forget the gradients; returns the norm before clipping. `step` counts from 1."""
+
+    def abandon(self) -> None:
+        """Forget a step that was begun: back to the state after the last `apply`."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, by name; the tensors themselves, not copies."""
+
+    def load_state(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Take back what `state` gave."""
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Parameters by artefact name."""
+
+
+class FrozenTrainer:
+    """The explicit network, its classifier alone ever replaced (`head`)."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        self.model = model
+        self._run = Pass()
+        self._parameters = model.parameters()
+
+    def features(self, pixels: Tensor) -> Tensor:
+        return self.model.features(pixels, self._run)[0]
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        return self.model.logits(pixels, self._run)
+
+    def set_head(self, head: Head) -> None:
+        assert self.model.head is not None
+        self.model.head.params["weight"].copy_(head.weight)
+        self.model.head.params["bias"].copy_(head.bias)
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self._parameters
+
+    def micro_batch(self, pixels: Tensor, labels: Tensor, weight: Tensor, first: bool, batch: int) -> Loss:
+        raise NotImplementedError("the head alone is fitted in closed form; there are no gradient steps")
+
+    def apply(self, step: int, schedule: float) -> float:
+        raise NotImplementedError("the head alone is fitted in closed form; there are no gradient steps")
+
+    def abandon(self) -> None:
+        """Nothing was begun."""
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"parameter.{name}": value for name, value in self._parameters.items()}
+
+    def load_state(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        for full, value in tensors:
+            self._parameters[full.removeprefix("parameter.")].copy_(value)
+
+
+class WasiTrainer(FrozenTrainer):
+    """Factors, compressed gradients and the rule that updates them."""
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        recipe: Recipe,
+        keeps: Sequence[Keep],
+        gradient_rank: int,
+        seed: int,
+        active: Tensor | None = None,
+    ) -> None:
+        super().__init__(model)
+        self.recipe, self.keeps, self.active = recipe, list(keeps), active
+        self._gradients: dict[str, Tensor] = {}
+        self._before_step: dict[str, tuple[Tensor, Tensor, bool]] = {}
+        self._adam = Adam()
+        generator = torch.Generator().manual_seed(seed)
+        self._linears: dict[str, WasiLinear] = {}
+        for name, linear in model.linears().items():
+            if not isinstance(linear, WasiLinear):
+                raise WasiEdgeError(f"{name} is dense: it has to be factored before it can be trained with wasi")
+            linear.start_training(gradient_rank, model.tokens, generator)
+            self._linears[name] = linear
+        self._factors = FactorUpdate(self._linears, recipe.weight_decay)
+
+    def micro_batch(self, pixels: Tensor, labels: Tensor, weight: Tensor, first: bool, batch: int) -> Loss:
+        if first:
+            self._remember()
+        assert self.model.head is not None
+        self._run.refresh_basis = first
+        features, saved = self.model.features(pixels, self._run, self.keeps)
+        assert saved is not None
+        head = self.model.head
+        logits, _ = head.forward(features, 1, self._run, None)
+        loss = cross_entropy(logits, labels, weight, batch, self.recipe.label_smoothing, self.active)
+        dfeatures, grads = head.backward(features, loss.dlogits, 1, self._run)
+        self._accumulate("head", grads)
+        self.model.backward(saved, dfeatures, self._run, self._accumulate)
+        return loss
+
+    def apply(self, step: int, schedule: float) -> float:
+        norm = float(torch.stack([g.norm() for g in self._gradients.values()]).norm())
+        if not norm < float("inf"):
+            raise WasiEdgeError(
+                f"training diverged at step {step}: the gradient is not finite; try a smaller --lr "
+                f"(this run: {self.recipe.learning_rate:g})"
+            )
+        recipe = self.recipe
+        clip = min(1.0, recipe.clip_norm / max(norm, 1e-12))
+        for name, gradient in self._gradients.items():
+            gradient.mul_(clip)
+            linear, _, key = name.rpartition(".")
+            if key == "projected":
+                self._factors.update(linear, gradient, recipe.learning_rate * schedule, step)
+            else:
+                is_head = linear == "head"
+                rate = (recipe.head_rate if is_head else recipe.dense_rate) * schedule
+                stored = artefact_name(linear, key) if linear else key
+                self._adam.update(stored, self._parameters[stored], gradient, rate, step)
+        self._gradients.clear()
+        self._before_step.clear()
+        return norm
+
+    def abandon(self) -> None:
+        self._gradients.clear()
+        for name, (basis, token_weight, cold) in self._before_step.items():
+            self._linears[name].restore(basis, token_weight, cold)
+        self._before_step.clear()
+
+    def state(self) -> dict[str, Tensor]:
+        named = {f"parameter.{name}": value for name, value in self._parameters.items()}
+        for name, linear in self._linears.items():
+            basis, token_weight, cold = linear.training_state()
+            named[f"basis.{name}"] = basis
+            named[f"token_weight.{name}"] = token_weight
+            named[f"cold.{name}"] = torch.tensor(cold)
+        named |= {f"adam.{name}": value for name, value in self._adam.state().items()}
+        return named | {f"factors.{name}": value for name, value in self._factors.state().items()}
+
+    def load_state(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        parts: dict[str, dict[str, Tensor]] = {"basis": {}, "token_weight": {}, "cold": {}}
+        for full, value in tensors:
+            kind, _, name = full.partition(".")
+            if kind == "parameter":
+                self._parameters[name].copy_(value)
+            elif kind == "adam":
+                self._adam.load(name, value)
+            elif kind == "factors":
+                self._factors.load(name, value)
+            else:
+                parts[kind][name] = value
+        for name, linear in self._linears.items():
+            linear.restore(parts["basis"][name], parts["token_weight"][name], bool(parts["cold"][name]))
+
+    def held_bytes(self) -> int:
+        """Bytes of the buffers of forward and backward passes."""
+        return self._run.workspace.held_bytes()
+
+    def _remember(self) -> None:
+        for name, linear in self._linears.items():
+            basis, token_weight, cold = linear.training_state()
+            self._before_step[name] = (basis, token_weight.clone(), cold)
+
+    def _accumulate(self, layer: str, grads: dict[str, Tensor]) -> None:
+        for key, value in grads.items():
+            name = f"{layer}.{key}" if layer else key
+            if name in self._gradients:
+                self._gradients[name].add_(value)
+            else:
+                self._gradients[name] = value
+
+
+class VanillaTrainer:
+    """The dense network under autograd, with torch's AdamW."""
+
+    def __init__(self, model: VanillaViT, recipe: Recipe, active: Tensor | None = None) -> None:
+        self.model, self.recipe, self.active = model, recipe, active
+        decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and n != "position"]
+        kept = [p for n, p in model.named_parameters() if p.ndim != 2 or n == "position"]
+        self._optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}],
+            lr=recipe.learning_rate,
+        )
+
+    def features(self, pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.model.features(pixels)
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.model(pixels)
+
+    def set_head(self, head: Head) -> None:
+        with torch.no_grad():
+            self.model.head.weight.copy_(head.weight)
+            self.model.head.bias.copy_(head.bias)
+
+    def micro_batch(self, pixels: Tensor, labels: Tensor, weight: Tensor, first: bool, batch: int) -> Loss:
+        with torch.enable_grad():
+            logits = self.model(pixels)
+        with torch.no_grad():
+            loss = cross_entropy(logits, labels, weight, batch, self.recipe.label_smoothing, self.active)
+        logits.backward(loss.dlogits)
+        return loss
+
+    def apply(self, step: int, schedule: float) -> float:
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm))
+        if not norm < float("inf"):
+            raise WasiEdgeError(
+                f"training diverged at step {step}: the gradient is not finite; try a smaller --lr "
+                f"(this run: {self.recipe.learning_rate:g})"
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate * schedule
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def abandon(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        named = {f"parameter.{name}": value for name, value in self.parameters().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                named[f"adam.{key}.{name}"] = value
+        return named
+
+    def load_state(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        by_name = dict(self.model.named_parameters())
+        for full, value in tensors:
+            kind, _, rest = full.partition(".")
+            if kind == "parameter":
+                by_name[rest].data.copy_(value)
+            else:
+                key, _, name = rest.partition(".")
+                self._optimizer.state[by_name[name]][key] = value
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
