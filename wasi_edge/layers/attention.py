@@ -51,8 +51,9 @@ def attention_backward(saved: SavedAttention, dout: Tensor, heads: int, run: Pas
     head_dim = width // heads
     qkv, out = saved.qkv, saved.out
     if qkv.dtype != dout.dtype:
-        qkv = run.workspace.keep("attention.qkv", qkv, dout.dtype)
-        out = run.workspace.keep("attention.out", out, dout.dtype)
+        # widened into buffers that only the forward pass of a block uses
+        qkv = run.workspace.keep("block.qkv", qkv, dout.dtype)
+        out = run.workspace.keep("block.middle", out, dout.dtype)
     q, k, v = _split_heads(qkv, heads)
     dout = dout.view(batch, tokens, heads, head_dim).transpose(1, 2)
     if saved.lse is not None:

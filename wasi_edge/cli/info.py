@@ -1,0 +1,105 @@
+"""`wasi-edge info`: what is in a model folder, from its configuration alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wasi_edge.cli import console
+
+if TYPE_CHECKING:
+    from wasi_edge.artefact import ModelConfig
+
+
+def info(
+    model: Annotated[str, typer.Argument(help="A run, a model folder, a Hugging Face folder, or 'default'.")],
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+) -> None:
+    """Describe MODEL: sizes, ranks, labels, preprocessing, origin."""
+    from wasi_edge.models.locate import resolve_model
+
+    result = describe(resolve_model(model))
+    if as_json:
+        console.print_json(result)
+        return
+    from wasi_edge.report.terminal import info_table
+
+    console.stdout_console().print(info_table(for_people(result)))
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Everything `info --json` prints. Raises ArtefactError or ConversionError for a damaged folder."""
+    from wasi_edge.artefact import TENSORS_NAME, is_artefact, open_artefact
+
+    if not is_artefact(folder):
+        return _describe_foreign(folder)
+    with open_artefact(folder) as artefact:
+        config = artefact.config
+    return {
+        "folder": str(folder),
+        "kind": "dense" if all(rank is None for rank in config.linears.values()) else "factored",
+        "name": config.name,
+        "architecture": config.architecture,
+        "schema_version": config.schema_version,
+        "geometry": config.geometry.to_dict(),
+        "epsilon": config.epsilon,
+        "dtype": config.dtype,
+        **parameter_counts(config),
+        "file_bytes": (folder / TENSORS_NAME).stat().st_size,
+        "ranks": dict(config.linears),
+        "labels": config.labels,
+        "preprocessing": config.preprocessing.to_dict(),
+        "provenance": dict(config.provenance),
+        "training": None if config.training is None else dict(config.training),
+    }
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """`dense_parameters` of the network, and `stored_parameters` in its factors."""
+    dense = config.geometry.tensor_shapes({}, config.num_classes)
+    return {
+        "dense_parameters": sum(math.prod(shape) for shape in dense.values()),
+        "stored_parameters": sum(math.prod(shape) for shape in config.tensor_shapes().values()),
+    }
+
+
+def _describe_foreign(folder: Path) -> dict[str, Any]:
+    """A Hugging Face folder: what a conversion would read."""
+    from wasi_edge.conversion.sources import open_source
+
+    with open_source(folder) as source:
+        parameters = sum(math.prod(shape) for shape in source.tensor_shapes.values())
+        labels = [] if source.id2label is None else [source.id2label[i] for i in sorted(source.id2label)]
+        return {
+            "folder": str(folder),
+            "kind": "Hugging Face folder, dense",
+            "name": source.name,
+            "geometry": source.geometry.to_dict(),
+            "epsilon": None,
+            "dense_parameters": parameters,
+            "stored_parameters": parameters,
+            "file_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+            "ranks": dict.fromkeys(source.geometry.linear_shapes()),
+            "labels": labels,
+            "preprocessing": source.preprocessing.to_dict(),
+            "provenance": dict(source.provenance),
+            "training": None,
+        }
+
+
+def for_people(result: dict[str, Any]) -> dict[str, Any]:
+    """The same without nulls, the ranks in one line for each kind of layer."""
+    shown = {key: value for key, value in result.items() if value is not None and key != "ranks"}
+    shown["stored share"] = (
+        f"{100 * result['stored_parameters'] / result['dense_parameters']:.0f} % of the parameters"
+    )
+    kinds: dict[str, list[str]] = {}
+    for name, rank in result["ranks"].items():
+        kinds.setdefault(name.rpartition(".")[2], []).append("dense" if rank is None else str(rank))
+    shown["rank by block"] = {
+        kind: ranks[0] if len(set(ranks)) == 1 else " ".join(ranks) for kind, ranks in kinds.items()
+    }
+    return shown

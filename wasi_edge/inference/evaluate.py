@@ -1,0 +1,98 @@
+"""A model on a folder of photos whose classes are known. No torch.
+
+The folder is read as training reads it. Where it has a train and a val part, only val counts: the model has
+seen the rest. A photo of a class that the model does not know cannot be right or wrong; it is listed, not
+counted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wasi_edge.data.folder import Photo, SkippedFile, scan_folder
+from wasi_edge.errors import NoUsableData, UnreadablePhoto
+from wasi_edge.inference.classifier import Classifier
+from wasi_edge.inference.predict import classified
+
+OnProgress = Callable[[int, int], None]
+
+
+def evaluate_folder(
+    classifier: Classifier,
+    photos_root: str | Path,
+    on_progress: OnProgress | None = None,
+    on_message: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Scores as in `metrics.scores`, with `skipped_files` (path, reason) besides.
+
+    `on_progress(done, all)` counts photos. Raises NoUsableData where no photo belongs to a class the model
+    knows.
+    """
+    # metrics is numpy only, but the table of torch-free modules does not list it yet
+    from wasi_edge.metrics import confusion_matrix, scores
+
+    say = on_message or (lambda text: None)
+    folder = scan_folder(
+        photos_root, min_classes=1, min_photos_per_class=0, min_side=classifier.preprocessing.resize_side
+    )
+    skipped = list(folder.skipped)
+    photos = list(folder.photos)
+    if any(photo.part == "val" for photo in photos):
+        trained = sum(photo.part != "val" for photo in photos)
+        photos = [photo for photo in photos if photo.part == "val"]
+        say(
+            f"evaluating the {len(photos)} validation photos of {photos_root}; "
+            f"the {trained} for training are left out"
+        )
+    photos, unknown = _of_known_classes(photos, classifier.labels, Path(photos_root))
+    skipped += unknown
+    if unknown:
+        say(f"{len(unknown)} photos are left out: the model does not know their class")
+    number = {label: index for index, label in enumerate(classifier.labels)}
+    confusion = np.zeros((len(number), len(number)), dtype=np.int64)
+    results = classified(classifier, [photo.path for photo in photos])
+    for done, (photo, (_, row)) in enumerate(zip(photos, results, strict=True), start=1):
+        if isinstance(row, UnreadablePhoto):
+            skipped.append(_skip(photo.path, Path(photos_root), str(row)))
+        else:
+            confusion += confusion_matrix([number[photo.label]], [int(row.argmax())], len(number))
+        if on_progress is not None:
+            on_progress(done, len(photos))
+    if not confusion.any():
+        raise NoUsableData(
+            f"{photos_root}: none of its {len(photos)} photos can be read; nothing was evaluated"
+        )
+    skipped.sort(key=lambda entry: (entry.path, entry.reason))
+    listed = [{"path": entry.path, "reason": entry.reason} for entry in skipped]
+    return {**scores(confusion, classifier.labels), "skipped_files": listed}
+
+
+def _of_known_classes(
+    photos: list[Photo], labels: list[str], root: Path
+) -> tuple[list[Photo], list[SkippedFile]]:
+    """(photos the model has a label for, the others with their reason). NoUsableData without any known."""
+    known = [photo for photo in photos if photo.label in labels]
+    if not known:
+        found = sorted({photo.label for photo in photos})
+        raise NoUsableData(
+            f"{root}: the model knows none of its classes; "
+            f"it knows {_few(labels)}, the folder has {_few(found)}"
+        )
+    unknown = [photo for photo in photos if photo.label not in labels]
+    reason = "the model does not know the class '{}'"
+    return known, [_skip(photo.path, root, reason.format(photo.label)) for photo in unknown]
+
+
+def _skip(path: Path, root: Path, reason: str) -> SkippedFile:
+    relative = os.path.relpath(path, root)
+    return SkippedFile(os.fsencode(relative).decode("utf-8", "replace"), reason)
+
+
+def _few(names: list[str]) -> str:
+    listed = ", ".join(f"'{name}'" for name in names[:5])
+    return listed + (f" and {len(names) - 5} more" if len(names) > 5 else "")
