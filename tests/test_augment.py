@@ -24,9 +24,7 @@ def test_order_and_threads_change_nothing() -> None:
     keys = [(epoch, photo) for epoch in range(4) for photo in range(16)]
     forward = {key: augment(SHRUNK, 56, 7, *key) for key in keys}
     with ThreadPoolExecutor(4) as pool:
-        backward = dict(
-            zip(keys[::-1], pool.map(lambda key: augment(SHRUNK, 56, 7, *key), keys[::-1]), strict=True)
-        )
+        backward = dict(zip(keys[::-1], pool.map(lambda key: augment(SHRUNK, 56, 7, *key), keys[::-1]), strict=True))
     for key in keys:
         np.testing.assert_array_equal(forward[key], backward[key])
 

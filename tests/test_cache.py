@@ -75,9 +75,7 @@ def test_threads_change_not_one_byte(found: tuple[Photo, ...], tmp_path: Path) -
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "4" / name).read_bytes()
 
 
-def test_a_complete_cache_is_reused(
-    found: tuple[Photo, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_complete_cache_is_reused(found: tuple[Photo, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(found, tmp_path / "cache").close()
     opened = count_decodes(monkeypatch)
     steps: list[tuple[int, int]] = []
@@ -114,9 +112,7 @@ def test_whatever_differs_is_rebuilt(
     assert len(opened) == len(found)
 
 
-def test_an_interrupted_build_leaves_no_index_and_is_rebuilt(
-    found: tuple[Photo, ...], tmp_path: Path
-) -> None:
+def test_an_interrupted_build_leaves_no_index_and_is_rebuilt(found: tuple[Photo, ...], tmp_path: Path) -> None:
     def interrupt(done: int, total: int) -> None:
         if done == 3:
             raise KeyboardInterrupt
@@ -166,9 +162,7 @@ def test_a_photo_too_big_for_the_budget_is_listed_and_comes_back_with_a_larger_o
         assert [entry.path for entry in cache.skipped] == ["b/cut.jpg"]
 
 
-def test_a_larger_side_than_the_scan_expected_is_predicted_anew(
-    found: tuple[Photo, ...], tmp_path: Path
-) -> None:
+def test_a_larger_side_than_the_scan_expected_is_predicted_anew(found: tuple[Photo, ...], tmp_path: Path) -> None:
     budget = max(photo.header.decode_bytes for photo in found)
     large = Preprocessing(image_size=592, crop_fraction=1.0)
     with build(found, tmp_path / "cache", budget=budget, preprocessing=large) as cache:
@@ -217,9 +211,7 @@ def test_two_builds_at_once_end_in_one_good_cache(found: tuple[Photo, ...], tmp_
         np.testing.assert_array_equal(first.read(index), second.read(index))
 
 
-def test_reading_from_threads_is_safe_and_arrays_are_the_callers(
-    found: tuple[Photo, ...], tmp_path: Path
-) -> None:
+def test_reading_from_threads_is_safe_and_arrays_are_the_callers(found: tuple[Photo, ...], tmp_path: Path) -> None:
     with build(found, tmp_path / "cache") as cache, ThreadPoolExecutor(4) as pool:
         expected = [cache.read(index) for index in range(len(cache))]
         cache.read(0)[:] = 0

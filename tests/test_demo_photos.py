@@ -32,9 +32,7 @@ def test_stored_as_the_sensor_lies_and_upright_by_the_tag(photos: list[Path]) ->
         with Image.open(path) as image:
             orientation = image.getexif()[ExifTags.Base.Orientation]
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (640, 480))
-            assert ImageOps.exif_transpose(image).size == (
-                (640, 480) if orientation in (1, 3) else (480, 640)
-            )
+            assert ImageOps.exif_transpose(image).size == ((640, 480) if orientation in (1, 3) else (480, 640))
         seen.add(orientation)
     assert seen <= {1, 3, 6, 8} and 1 in seen and seen & {6, 8}
 

@@ -36,9 +36,7 @@ def inputs(tokens: int, width: int, seed: int = 5) -> Tensor:
     mixing = torch.randn(width, width, generator=generator(seed), dtype=torch.float64)
     scales = torch.logspace(1, -2, width, dtype=torch.float64)
     noise = torch.randn(tokens, width, generator=generator(seed + 1), dtype=torch.float64)
-    return noise * scales @ mixing + 3 * torch.randn(
-        width, generator=generator(seed + 2), dtype=torch.float64
-    )
+    return noise * scales @ mixing + 3 * torch.randn(width, generator=generator(seed + 2), dtype=torch.float64)
 
 
 def moments_of(x: Tensor, dtype: torch.dtype = torch.float64) -> Moments:
@@ -183,13 +181,9 @@ def test_moments_are_the_mean_and_the_centred_covariance(dtype, tolerance):
     moments.add(x[:0])
     expected = torch.cov(x.T, correction=0)
     assert moments.count == 1000
-    torch.testing.assert_close(
-        moments.mean(), x.mean(0), rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0
-    )
+    torch.testing.assert_close(moments.mean(), x.mean(0), rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
     covariance = moments.covariance()
-    torch.testing.assert_close(
-        covariance.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()) * 10
-    )
+    torch.testing.assert_close(covariance.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()) * 10)
     assert covariance.dtype == dtype
     torch.testing.assert_close(moments.covariance(consume=True), covariance, rtol=0, atol=0)
     for call in (moments.covariance, lambda: moments.add(x)):
@@ -218,9 +212,7 @@ def test_moments_leave_their_input_alone_and_are_checked():
 def test_rank_is_the_smallest_that_keeps_epsilon(shape, epsilon):
     weight = decaying(*shape, ratio=50).float()
     squares = torch.linalg.svdvals(weight.double()) ** 2
-    by_definition = next(
-        k for k in range(1, len(squares) + 1) if squares[:k].sum() >= epsilon * squares.sum()
-    )
+    by_definition = next(k for k in range(1, len(squares) + 1) if squares[:k].sum() >= epsilon * squares.sum())
     break_even = shape[0] * shape[1] / (shape[0] + shape[1])
     assert rank_at(weight, epsilon) == (by_definition if by_definition < break_even else None)
     left, right = factorise(weight, by_definition)

@@ -39,9 +39,7 @@ def test_split_folders(val: str, tmp_path: Path) -> None:
 
 
 def test_test_photos_stay_out_where_there_is_val(tmp_path: Path) -> None:
-    photos.class_folders(
-        tmp_path, {"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 1, "test/a": 3, "test/c": 3}
-    )
+    photos.class_folders(tmp_path, {"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 1, "test/a": 3, "test/c": 3})
     found = scan_folder(tmp_path)
     assert found.classes == ("a", "b") and not any("test" in name for name in names(found, tmp_path))
     assert "6 photos" in reasons(found)["test"]
@@ -124,9 +122,7 @@ def test_unusable_metadata_names_the_file(name: str, content: bytes, tmp_path: P
 
 
 def test_foreign_files_are_listed_and_not_photos(tmp_path: Path) -> None:
-    photos.class_folders(
-        tmp_path, {"a": 2, "b": 2, "@eaDir": 2, "__MACOSX/a": 1, ".trash": 1, "a/.hidden": 1}
-    )
+    photos.class_folders(tmp_path, {"a": 2, "b": 2, "@eaDir": 2, "__MACOSX/a": 1, ".trash": 1, "a/.hidden": 1})
     for name in (
         "a/._000.jpg",
         "a/.DS_Store",

@@ -30,9 +30,7 @@ print(status("VmHWM") - before)
 @pytest.mark.parametrize("kind", ["jpeg", "progressive", "cmyk", "png", "png16", "webp", "tiff", "gif"])
 def test_the_prediction_bounds_a_fresh_process(kind: str, tmp_path: Path) -> None:
     path = photos.twelve_megapixels(kind, tmp_path / "photo")
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=False)
     if run.returncode:
         pytest.skip(f"this system does not let a process reset its peak: {run.stderr.strip()[-80:]}")
     measured, predicted = int(run.stdout), read_header(path).decode_bytes

@@ -135,25 +135,17 @@ def test_imports_point_downward(module: str) -> None:
         target = _part(found.module)
         if not found.module.startswith("wasi_edge") or target == part:
             continue
-        assert target in RANK, (
-            f"{module}:{found.line} imports {found.module}, which has no place in the layers"
-        )
+        assert target in RANK, f"{module}:{found.line} imports {found.module}, which has no place in the layers"
         if RANK[target] >= RANK[part]:
             wrong.append(f"{module}:{found.line} imports {found.module} from above")
         elif part in ONLY_FROM and not _under(found.module, ONLY_FROM[part]):
-            wrong.append(
-                f"{module}:{found.line} imports {found.module}; {part} may only use {ONLY_FROM[part]}"
-            )
+            wrong.append(f"{module}:{found.line} imports {found.module}; {part} may only use {ONLY_FROM[part]}")
     assert wrong == []
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if not _may_use_torch(name)])
 def test_torch_free_modules_stay_so(module: str) -> None:
-    wrong = [
-        f"{module}:{found.line} imports {found.module}"
-        for found in IMPORTS[module]
-        if _is_torch(found.module)
-    ]
+    wrong = [f"{module}:{found.line} imports {found.module}" for found in IMPORTS[module] if _is_torch(found.module)]
     wrong += [
         f"{module}:{found.line} imports {found.module}, which may import torch"
         for found in IMPORTS[module]
@@ -169,9 +161,7 @@ def test_commands_import_torch_only_when_they_run(module: str) -> None:
     waiting, reached = [module], {module}
     while waiting:
         for found in IMPORTS[waiting.pop()]:
-            assert found.late or not _is_torch(found.module), (
-                f"importing {module} imports torch through {reached}"
-            )
+            assert found.late or not _is_torch(found.module), f"importing {module} imports torch through {reached}"
             if not found.late and found.module in MODULES and found.module not in reached:
                 reached.add(found.module)
                 waiting.append(found.module)

@@ -46,10 +46,7 @@ STYLES = {
     "vit": {"old": OLD | VIT_OLD, "transformers 5": NEW | MLP, "mixed": MIXED | VIT_OLD},
 }
 CASES = [
-    (kind, style, classifier)
-    for kind, styles in STYLES.items()
-    for style in styles
-    for classifier in (False, True)
+    (kind, style, classifier) for kind, styles in STYLES.items() for style in styles for classifier in (False, True)
 ]
 
 
@@ -73,9 +70,7 @@ def config_of(kind: str, classifier: bool) -> dict:
     return config | ({"mlp_ratio": 2} if kind == "dinov2" else {"intermediate_size": M})
 
 
-def tensors_of(
-    kind: str, style: str, classifier: bool
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def tensors_of(kind: str, style: str, classifier: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(what the Hugging Face file holds, what we should read), random."""
     rng = np.random.default_rng(1)
 
@@ -311,9 +306,7 @@ def test_our_own_models_are_dense_sources_too(tmp_path):
     with open_source(folder) as source:
         linears: dict[str, int | None] = dict.fromkeys(source.geometry.linear_shapes())
         linears["blocks.0.fc1"], linears["blocks.1.qkv"] = 3, 7
-        config = ModelConfig(
-            "mixed", source.geometry, linears, source.preprocessing, 0.7, id2label=source.id2label
-        )
+        config = ModelConfig("mixed", source.geometry, linears, source.preprocessing, 0.7, id2label=source.id2label)
         written = {}
         with write_artefact(tmp_path / "own", config) as writer:
             for name, shape in config.tensor_shapes().items():

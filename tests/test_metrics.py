@@ -23,9 +23,7 @@ def test_confusions_of_parts_add_up():
     assert (sum(parts) == confusion_matrix(true, predicted, 7)).all()
 
 
-@pytest.mark.parametrize(
-    ("true", "predicted"), [([0, 1], [0]), ([0, 3], [0, 0]), ([0, 0], [-1, 0]), ([[0]], [[0]])]
-)
+@pytest.mark.parametrize(("true", "predicted"), [([0, 1], [0]), ([0, 3], [0, 0]), ([0, 0], [-1, 0]), ([[0]], [[0]])])
 def test_impossible_class_numbers_are_refused(true, predicted):
     with pytest.raises(ValueError):
         confusion_matrix(true, predicted, 3)

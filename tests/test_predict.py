@@ -27,10 +27,9 @@ from wasi_edge.preprocess import Preprocessing, normalise
 class Brightness:
     """A classifier without a network: how bright the picture is, in one of three."""
 
-    labels = ["dark", "middle", "bright"]
-    preprocessing = Preprocessing(image_size=16)
-
     def __init__(self):
+        self.labels = ["dark", "middle", "bright"]
+        self.preprocessing = Preprocessing(image_size=16)
         self.batches = []
 
     def probabilities(self, batch):

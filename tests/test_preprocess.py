@@ -247,9 +247,7 @@ def test_nonsense_is_an_artefact_error(nonsense: object) -> None:
         ({"size": {"shortest_edge": 224}, "crop_pct": 0.875}, 224, 256, "bilinear"),
     ],
 )
-def test_hugging_face_sizes(
-    given: dict | None, image_size: int, resize_side: int, interpolation: str
-) -> None:
+def test_hugging_face_sizes(given: dict | None, image_size: int, resize_side: int, interpolation: str) -> None:
     read = Preprocessing.from_hugging_face(given)
     assert (read.image_size, read.resize_side, read.interpolation) == (image_size, resize_side, interpolation)
 
@@ -271,9 +269,7 @@ def test_hugging_face_nonsense_is_an_artefact_error(bad: object) -> None:
 
 
 def test_the_shipped_backbone_asks_for_256_then_224(shared_model: Path) -> None:
-    read = Preprocessing.from_hugging_face(
-        json.loads((shared_model / "preprocessor_config.json").read_text())
-    )
+    read = Preprocessing.from_hugging_face(json.loads((shared_model / "preprocessor_config.json").read_text()))
     assert read == Preprocessing()
 
 

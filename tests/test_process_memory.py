@@ -94,9 +94,7 @@ def test_a_sample_is_cheap() -> None:
 
 
 def _meminfo(proc: Path, available_kilobytes: int) -> None:
-    (proc / "meminfo").write_text(
-        f"MemTotal: 8000000 kB\nMemFree: 10 kB\nMemAvailable: {available_kilobytes} kB\n"
-    )
+    (proc / "meminfo").write_text(f"MemTotal: 8000000 kB\nMemFree: 10 kB\nMemAvailable: {available_kilobytes} kB\n")
 
 
 def _cgroup(folder: Path, limit: str, used: int, inactive_file: int = 0) -> None:

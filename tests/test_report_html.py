@@ -59,9 +59,7 @@ class Page(HTMLParser):
 
 
 def report(**changes: Any) -> dict[str, Any]:
-    history = [
-        {"epoch": 0, "train_loss": None, "train_accuracy": None, "val_accuracy": 0.79, "val_loss": 0.7}
-    ]
+    history = [{"epoch": 0, "train_loss": None, "train_accuracy": None, "val_accuracy": 0.79, "val_loss": 0.7}]
     history += [
         {
             "epoch": e,
@@ -122,9 +120,7 @@ def checked(text: str) -> Page:
     """Well-formed, self-contained, its plots valid XML."""
     page = Page(text)
     bare = text.replace('xmlns="http://www.w3.org/2000/svg"', "")
-    assert (
-        "http://" not in bare and "https://" not in bare and 'src="//' not in bare and "@import" not in bare
-    )
+    assert "http://" not in bare and "https://" not in bare and 'src="//' not in bare and "@import" not in bare
     assert not page.names & {"script", "link", "iframe", "object", "embed"} and "url(" not in bare
     assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
     for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
@@ -219,9 +215,7 @@ def test_a_failed_run_without_a_model_offers_no_prediction() -> None:
 
 
 def test_head_only_has_no_curves() -> None:
-    text = render_finetune_report(
-        report(method="head", epochs_run=0, epochs_planned=0, history=[{"epoch": 0}])
-    )
+    text = render_finetune_report(report(method="head", epochs_run=0, epochs_planned=0, history=[{"epoch": 0}]))
     assert "How it learned" not in checked(text).text and "Fine-tuning gained" not in text
 
 
@@ -243,9 +237,7 @@ def test_a_continued_run() -> None:
 def test_forty_classes_and_one_without_photos() -> None:
     names = [f"class number {i}" for i in range(40)]
     matrix = [[3 if i == j and i else 0 for j in range(40)] for i in range(40)]
-    assert (
-        "class number 39" in checked(render_finetune_report(report(classes=names, confusion=matrix), [])).text
-    )
+    assert "class number 39" in checked(render_finetune_report(report(classes=names, confusion=matrix), [])).text
 
 
 def test_somebody_elses_text_stays_text() -> None:
@@ -289,18 +281,14 @@ def test_embedded_photos_carry_no_metadata(tmp_path: Path) -> None:
 def test_wrong_photos_come_first_and_surest_first() -> None:
     photos = [photo(sure=0.99, name="right")]
     photos += [photo(said="dog", sure=p, name=f"wrong{p}") for p in (0.6, 0.9, 0.7)]
-    names = re.findall(
-        r"<figure class='(?:wrong|right)' title='([^']+)'", render_finetune_report(report(), photos)
-    )
+    names = re.findall(r"<figure class='(?:wrong|right)' title='([^']+)'", render_finetune_report(report(), photos))
     assert names == ["wrong0.9", "wrong0.7", "wrong0.6", "right"]
 
 
 def test_a_peak_survives_thinning() -> None:
     samples = [[i * 0.5, 100 * MB] for i in range(5000)]
     samples[1234][1] = 600 * MB
-    text = render_finetune_report(
-        report(memory_samples=samples, budget_bytes=None, planned_peak_rss_bytes=None)
-    )
+    text = render_finetune_report(report(memory_samples=samples, budget_bytes=None, planned_peak_rss_bytes=None))
     path = re.findall(r'<path d="([^"]*)"', text)[-1]
     heights = {float(y) for y in re.findall(r"[ML][0-9.]+ ([0-9.]+)", path)}
     assert len(heights) == 2 and path.count("L") < 320

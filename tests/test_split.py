@@ -72,9 +72,7 @@ def test_five_thousand_photos_take_seconds_at_most() -> None:
 
 
 def test_a_rendered_burst_is_one_group_and_scenes_are_not() -> None:
-    pictures = [
-        nudged(photos.scene(seed, 400, 300), 10 * seed + shot) for seed in range(6) for shot in range(8)
-    ]
+    pictures = [nudged(photos.scene(seed, 400, 300), 10 * seed + shot) for seed in range(6) for shot in range(8)]
     groups = near_duplicate_groups([difference_hash(np.asarray(picture)) for picture in pictures])
     assert len(set(groups)) <= 9 and all(len(set(groups[8 * s : 8 * s + 8])) <= 2 for s in range(6))
     assert all(set(groups[:8]).isdisjoint(groups[8 * s : 8 * s + 8]) for s in range(1, 6))
@@ -164,8 +162,6 @@ def test_real_bursts_join_and_different_real_photos_hardly_do(shared_data: Path)
     hashes = [difference_hash(shrink(picture, preprocessing)) for picture in pictures]
     groups = near_duplicate_groups(hashes, [photo.label for photo in found])
     assert len(set(groups)) > 0.95 * len(found)
-    shots = [
-        difference_hash(shrink(nudged(picture, seed), preprocessing)) for seed, picture in enumerate(pictures)
-    ]
+    shots = [difference_hash(shrink(nudged(picture, seed), preprocessing)) for seed, picture in enumerate(pictures)]
     near = sum(distance(first, second) <= MAX_DISTANCE for first, second in zip(hashes, shots, strict=True))
     assert near > 0.85 * len(found)

@@ -138,10 +138,7 @@ def test_hostile_names_stay_text() -> None:
 
 
 def test_text_helpers() -> None:
-    assert (
-        printable("naïve 写真 👩‍🔧") == "naïve 写真 👩‍🔧"
-        and printable("a\x1b\n\ud800") == "a\ufffd\ufffd\ufffd"
-    )
+    assert printable("naïve 写真 👩‍🔧") == "naïve 写真 👩‍🔧" and printable("a\x1b\n\ud800") == "a\ufffd\ufffd\ufffd"
     assert escape("<a href='x'>") == "&lt;a href=&#x27;x&#x27;&gt;"
     assert finite(np.int64(3)) == 3.0 and finite(np.float32(0.5)) == 0.5
     assert finite(True) is None and finite("3") is None and finite(math.inf) is None and finite(None) is None

@@ -142,8 +142,7 @@ HOSTILE = {
     "missing key": ({"x": {"dtype": "F32", "shape": [2]}}, b"12345678", None, "exactly"),
     "entry no object": ({"x": 5}, b"", None, "exactly"),
     "repeated name": (
-        b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
-        b'"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
         b"12345678",
         None,
         "twice",

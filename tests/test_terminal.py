@@ -143,11 +143,7 @@ def test_interval_contains_the_proportion_and_narrows() -> None:
 
 
 def test_words() -> None:
-    assert (
-        counted(1, "class") == "1 class"
-        and counted(2, "class") == "2 classes"
-        and counted(0, "photo") == "0 photos"
-    )
+    assert counted(1, "class") == "1 class" and counted(2, "class") == "2 classes" and counted(0, "photo") == "0 photos"
     assert epochs_text({"epochs_run": 8.0, "epochs_planned": 8}) == "8 epochs"
     assert epochs_text({"epochs_run": None, "epochs_planned": 8}) == "0 of 8 epochs"
     assert headline({})[-1] == "."

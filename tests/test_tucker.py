@@ -86,9 +86,7 @@ def test_three_warm_refreshes_equal_the_dense_iteration_on_unfoldings(shape, sub
     for step in range(3):
         x = random(*shape, seed=10 + step)
         factors = refresh_factors(x, factors)
-        expected = tuple(
-            None if f is None else dense_asi_refresh(x, mode, f) for mode, f in enumerate(expected)
-        )
+        expected = tuple(None if f is None else dense_asi_refresh(x, mode, f) for mode, f in enumerate(expected))
         for ours, dense in zip(factors, expected, strict=True):
             assert (ours is None) == (dense is None)
             assert ours is None or subspace_difference(ours, dense) < 1e-11
@@ -114,9 +112,7 @@ def test_unit_weights_are_no_weights():
 def test_scale_of_the_weights_does_not_matter():
     x, basis = random(27, 14, seed=1), initial_basis(14, 4, generator(0), torch.float64)
     weight = random(27, seed=2).square()
-    assert (
-        subspace_difference(refresh_basis(x, basis, weight), refresh_basis(x, basis, 1e-9 * weight)) < 1e-12
-    )
+    assert subspace_difference(refresh_basis(x, basis, weight), refresh_basis(x, basis, 1e-9 * weight)) < 1e-12
 
 
 def test_tokens_of_weight_zero_are_ignored():
@@ -173,9 +169,7 @@ def test_gradient_error_equals_its_definition(out_features):
     x, dy = random(27, 14, seed=1), random(27, out_features, seed=2)
     basis = initial_basis(14, 4, generator(0), torch.float64)
     exact = dy.T @ x
-    assert gradient_error(dy, x, basis) == pytest.approx(
-        relative_difference(exact @ basis @ basis.T, exact), rel=1e-12
-    )
+    assert gradient_error(dy, x, basis) == pytest.approx(relative_difference(exact @ basis @ basis.T, exact), rel=1e-12)
 
 
 def test_gradient_error_is_zero_at_full_rank_and_for_no_gradient():
@@ -189,8 +183,7 @@ def test_gradient_error_is_zero_at_full_rank_and_for_no_gradient():
 def test_mode_ranks_are_those_of_the_unfoldings(shape, epsilon):
     x = random(*shape, seed=1)
     expected = tuple(
-        rank_for_explained_variance(torch.linalg.svdvals(unfold(x, mode)).numpy(), epsilon)
-        for mode in range(x.ndim)
+        rank_for_explained_variance(torch.linalg.svdvals(unfold(x, mode)).numpy(), epsilon) for mode in range(x.ndim)
     )
     assert mode_ranks(x, epsilon) == expected
 
@@ -198,9 +191,7 @@ def test_mode_ranks_are_those_of_the_unfoldings(shape, epsilon):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_mode_ranks_at_full_variance_are_the_multilinear_ranks(dtype):
     core = random(2, 3, 4, seed=1)
-    x = torch.einsum(
-        "abc,ia,jb,kc->ijk", core, *(plain_qr(random(n, r, seed=n)) for n, r in ((6, 2), (7, 3), (8, 4)))
-    )
+    x = torch.einsum("abc,ia,jb,kc->ijk", core, *(plain_qr(random(n, r, seed=n)) for n, r in ((6, 2), (7, 3), (8, 4))))
     assert mode_ranks(x.to(dtype), 1.0) == (2, 3, 4)
 
 

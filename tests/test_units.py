@@ -29,9 +29,7 @@ def test_sizes_are_binary(text: str, size_bytes: int) -> None:
     assert parse_size(text) == size_bytes
 
 
-@pytest.mark.parametrize(
-    "text", ["", "MB", "-1MB", "0", "0MB", "0.1b", "12 parsecs", "1,5GB", "1e9", "5 5", "nan"]
-)
+@pytest.mark.parametrize("text", ["", "MB", "-1MB", "0", "0MB", "0.1b", "12 parsecs", "1,5GB", "1e9", "5 5", "nan"])
 def test_other_words_are_no_size(text: str) -> None:
     with pytest.raises(UsageError, match="is not a size"):
         parse_size(text)

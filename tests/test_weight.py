@@ -295,15 +295,11 @@ def test_norm_of_the_factored_gradient_is_that_of_its_left_part():
 
 
 def test_condition_estimate_reads_the_cholesky_diagonal():
-    assert condition_estimate(
-        torch.diag(torch.tensor([4.0, 1.0, 0.01], dtype=torch.float64))
-    ) == pytest.approx(400)
+    assert condition_estimate(torch.diag(torch.tensor([4.0, 1.0, 0.01], dtype=torch.float64))) == pytest.approx(400)
     assert condition_estimate(torch.zeros(3, 3, dtype=torch.float64)) == float("inf")
 
 
-@pytest.mark.parametrize(
-    ("smallest", "expected"), [(1.0, False), (1.1e-3, False), (0.9e-3, True), (0.0, True)]
-)
+@pytest.mark.parametrize(("smallest", "expected"), [(1.0, False), (1.1e-3, False), (0.9e-3, True), (0.0, True)])
 def test_orthonormalising_is_due_beyond_a_condition_of_a_thousand(smallest, expected):
     left_gram = torch.diag(torch.tensor([1.0, smallest], dtype=torch.float64))
     factors = WeightFactors(torch.zeros(3, 2), torch.zeros(2, 3), left_gram, left_gram)

@@ -228,9 +228,7 @@ def write_artefact(folder: str | Path, config: ModelConfig) -> Iterator[TensorWr
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArtefactError(
-            f"{folder}: cannot be made ({error.strerror}); choose a folder you may write to"
-        ) from error
+        raise ArtefactError(f"{folder}: cannot be made ({error.strerror}); choose a folder you may write to") from error
     sweep_orphans(folder)
     values = config.to_dict()
     config_path = folder / CONFIG_NAME

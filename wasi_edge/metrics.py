@@ -24,9 +24,7 @@ def confusion_matrix(true: ArrayLike, predicted: ArrayLike, num_classes: int) ->
         raise ValueError(f"expected two vectors of one length, found shapes {rows.shape} and {columns.shape}")
     both = np.concatenate((rows, columns))
     if both.size and not (both.min() >= 0 and both.max() < num_classes):
-        raise ValueError(
-            f"class numbers should lie in 0 .. {num_classes - 1}, found {both.min()} .. {both.max()}"
-        )
+        raise ValueError(f"class numbers should lie in 0 .. {num_classes - 1}, found {both.min()} .. {both.max()}")
     counts = np.bincount(rows * num_classes + columns, minlength=num_classes * num_classes)
     return counts.reshape(num_classes, num_classes).astype(np.int64)
 
@@ -40,9 +38,7 @@ def scores(confusion: ArrayLike, labels: Sequence[str]) -> dict[str, Any]:
     """
     matrix = np.asarray(confusion, dtype=np.int64)
     if matrix.shape != (len(labels), len(labels)):
-        raise ValueError(
-            f"expected a matrix of {len(labels)} x {len(labels)} classes, found shape {matrix.shape}"
-        )
+        raise ValueError(f"expected a matrix of {len(labels)} x {len(labels)} classes, found shape {matrix.shape}")
     right, support, said = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     recalls = [_share(right[i], support[i]) for i in range(len(labels))]
     known = [recall for recall in recalls if recall is not None]

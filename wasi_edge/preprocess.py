@@ -166,9 +166,7 @@ def _square(name: str, size: Any) -> int:
 
 
 @contextmanager
-def sniffed(
-    path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS
-) -> Iterator[tuple[BinaryIO, str, bytes]]:
+def sniffed(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Iterator[tuple[BinaryIO, str, bytes]]:
     """A photo's (file, Pillow's format name, first 32 bytes); any failure, in the body too, is
     `UnreadablePhoto`.
     """

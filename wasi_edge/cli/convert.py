@@ -34,9 +34,7 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the result, new or empty.")],
     epsilon: Annotated[
         float | None,
-        typer.Option(
-            help="Share of each layer's energy kept, 0 to 1.", show_default="0.8, or the model's own"
-        ),
+        typer.Option(help="Share of each layer's energy kept, 0 to 1.", show_default="0.8, or the model's own"),
     ] = None,
     dtype: Annotated[StoredType, typer.Option(help="How the tensors are stored.")] = StoredType.FLOAT32,
     calibrate: Annotated[
@@ -44,9 +42,7 @@ def convert(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(
-            help="Memory of the whole process, e.g. 512MB.", show_default="512MB or half of what is free"
-        ),
+        typer.Option(help="Memory of the whole process, e.g. 512MB.", show_default="512MB or half of what is free"),
     ] = None,
     image_size: Annotated[int | None, typer.Option(min=8, help="Input size in pixels.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
@@ -125,7 +121,8 @@ def _carry_out(
         if not existed:
             shutil.rmtree(out, ignore_errors=True)
         raise
-    for path, reason in photos.skipped if photos is not None else ():
+    skipped = {} if photos is None else photos.skipped
+    for path, reason in skipped.items():
         console.say(f"{path}: {reason}")
     return {
         "status": "completed",
@@ -140,8 +137,5 @@ def _carry_out(
         "file_bytes": (out / TENSORS_NAME).stat().st_size,
         "budget_bytes": budget_bytes,
         "peak_rss_bytes": read_memory().peak_rss_bytes,
-        "skipped_files": [
-            {"path": str(path), "reason": reason}
-            for path, reason in (photos.skipped if photos is not None else ())
-        ],
+        "skipped_files": [{"path": str(path), "reason": reason} for path, reason in skipped.items()],
     }

@@ -13,9 +13,7 @@ from wasi_edge.inference.classifier import Backend, open_classifier
 
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run or a model folder with a classifier.")],
-    photos: Annotated[
-        Path, typer.Argument(metavar="PHOTOS", help="Folder with one folder of photos per class.")
-    ],
+    photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="Folder with one folder of photos per class.")],
     backend: Annotated[Backend, typer.Option(help="What computes the prediction.")] = Backend.AUTO,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,

@@ -22,17 +22,13 @@ _EXIT_CODES = {"interrupted": Interrupted.exit_code, "failed": WasiEdgeError.exi
 
 
 def finetune(
-    photos: Annotated[
-        Path, typer.Argument(metavar="PHOTOS", help="Folder with one folder of photos per class.")
-    ],
+    photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="Folder with one folder of photos per class.")],
     model: Annotated[
         str, typer.Option(help="'default', a model or Hugging Face folder, or an earlier run to go on from.")
     ] = "default",
     budget: Annotated[
         str | None,
-        typer.Option(
-            help="Memory of the whole process, e.g. 512MB.", show_default="512MB or half of what is free"
-        ),
+        typer.Option(help="Memory of the whole process, e.g. 512MB.", show_default="512MB or half of what is free"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the result.", show_default="./wasi-run-N, the first free N")
@@ -41,9 +37,7 @@ def finetune(
     max_time: Annotated[str | None, typer.Option(help="Be done by then, e.g. 20m or 1h30m.")] = None,
     epsilon: Annotated[
         float | None,
-        typer.Option(
-            help="Share of each layer's energy kept, 0 to 1.", show_default="the model's own, else 0.8"
-        ),
+        typer.Option(help="Share of each layer's energy kept, 0 to 1.", show_default="the model's own, else 0.8"),
     ] = None,
     method: Annotated[Method, typer.Option(help="How to train.")] = Method.WASI,
     val_split: Annotated[float, typer.Option(help="Share of the photos held back to test on.")] = 0.2,
@@ -52,17 +46,11 @@ def finetune(
     batch: Annotated[int | None, typer.Option(min=1, help="Photos per optimiser step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     max_temp: Annotated[float | None, typer.Option(help="Pause above this CPU temperature, Celsius.")] = None,
-    nice: Annotated[
-        int | None, typer.Option(min=0, max=19, help="Give way to other programs: 0 to 19.")
-    ] = None,
+    nice: Annotated[int | None, typer.Option(min=0, max=19, help="Give way to other programs: 0 to 19.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     checkpoint_every: Annotated[str, typer.Option(help="Time between checkpoints.")] = "60s",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in OUT where it stopped.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan and its minutes, and leave.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT where it stopped.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its minutes, and leave.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on standard output.")] = False,
 ) -> None:
     """Fine-tune a model on PHOTOS, inside a memory budget."""

@@ -32,9 +32,7 @@ def predict(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run or a model folder with a classifier.")],
     paths: Annotated[
         list[str],
-        typer.Argument(
-            metavar="PATH", help="Photos, folders, quoted patterns, or - for a list on standard input."
-        ),
+        typer.Argument(metavar="PATH", help="Photos, folders, quoted patterns, or - for a list on standard input."),
     ],
     top_k: Annotated[int, typer.Option(min=1, help="How many labels to give for each photo.")] = 3,
     threshold: Annotated[float, typer.Option(help="A label less sure than this is shown as 'unsure'.")] = 0.0,
@@ -69,20 +67,12 @@ def predict(
         else:
             _write_tables(counted)
     if counted.labelled == 0:
-        what = (
-            f"none of the {counted.unreadable} photos can be read"
-            if counted.unreadable
-            else "no photos found"
-        )
-        raise NothingReadable(
-            f"{what} in {' '.join(paths[:3])}{' ...' if len(paths) > 3 else ''}", counted.errors
-        )
+        what = f"none of the {counted.unreadable} photos can be read" if counted.unreadable else "no photos found"
+        raise NothingReadable(f"{what} in {' '.join(paths[:3])}{' ...' if len(paths) > 3 else ''}", counted.errors)
     if as_json:
         console.print_json(results)
     elif counted.unreadable:
-        console.say(
-            f"{counted.unreadable} of {counted.unreadable + counted.labelled} files could not be read"
-        )
+        console.say(f"{counted.unreadable} of {counted.unreadable + counted.labelled} files could not be read")
 
 
 class _Counted:
@@ -109,11 +99,7 @@ def _sorted_into(folder: Path, rows: Iterable[dict[str, Any]]) -> Iterator[dict[
     from wasi_edge.inference.sorting import copy_into
 
     for row in rows:
-        yield (
-            row
-            if "error" in row
-            else {**row, "copied_to": str(copy_into(folder, row["label"], Path(row["path"])))}
-        )
+        yield (row if "error" in row else {**row, "copied_to": str(copy_into(folder, row["label"], Path(row["path"])))})
 
 
 def _write_tables(rows: Iterable[dict[str, Any]]) -> None:

@@ -70,9 +70,7 @@ class _Live(ProgressColumn):
         """For every task the same."""
         used = total_memory()
         memory = f"{used / 2**20:.0f}/{format_size(self._budget_bytes)}"
-        return Text.assemble(
-            (memory, "red" if used > self._budget_bytes else ""), "  ", self._remaining.text()
-        )
+        return Text.assemble((memory, "red" if used > self._budget_bytes else ""), "  ", self._remaining.text())
 
 
 class RichEvents:

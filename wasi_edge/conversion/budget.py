@@ -16,6 +16,7 @@ from wasi_edge.units import format_size
 
 BASE_BYTES = 240 * 2**20  # Python, torch, numpy, Pillow, Rich
 SLACK_BYTES = 8 * 2**20
+DECODE_BYTES = 32 * 2**20  # a JPEG of any camera; larger pictures are passed over where it gets tight
 MOST_PHOTOS = 512
 FEWEST_PHOTOS = 16
 _CHUNK_PHOTOS = 8
@@ -58,8 +59,9 @@ def conversion_bytes(geometry: ViTGeometry, image_size: int, photos: int) -> int
     tokens = geometry.tokens(image_size)
     chunk = 4 * min(photos, _CHUNK_PHOTOS) * tokens * (12 * width + 2 * hidden)
     held = 2 * photos * tokens * width
+    reading = BASE_BYTES + SLACK_BYTES + held + DECODE_BYTES
     joining = BASE_BYTES + SLACK_BYTES + 2 * held + chunk
-    return max(fixed + moments + factorisation + chunk + held, joining)
+    return max(fixed + moments + factorisation + chunk + held, joining, reading)
 
 
 def decode_allowance(geometry: ViTGeometry, image_size: int, photos: int, budget_bytes: int) -> int:

@@ -6,7 +6,7 @@ that cannot be used, or whose decoding would break the budget, is replaced by an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from wasi_edge.units import format_size
 class CalibrationPhotos:
     """`count` of the photos at `paths`.
 
-    skipped     (path, reason) of those met so far that could not be used
+    skipped     path -> reason of those met so far that could not be used
     """
 
     def __init__(
@@ -31,30 +31,33 @@ class CalibrationPhotos:
         self._chosen = [paths[index] for index in sorted(chosen)]
         self._spare = [path for index, path in enumerate(paths) if index not in chosen]
         self._last: np.ndarray | None = None
-        self.skipped: list[tuple[Path, str]] = []
+        self.skipped: dict[Path, str] = {}
 
     def read(self, index: int) -> np.ndarray:
         """Photo `index`, uint8 (S, S, 3). Raises NoUsableData if no photo at all can be read."""
-        path: Path | None = self._chosen[index]
-        while path is not None:
+        for path in self._candidates(index):
             try:
                 self._last = self._view(path)
                 return self._last
             except UnreadablePhoto as error:
-                self.skipped.append((path, str(error)))
-                path = self._spare.pop() if self._spare else None
+                self.skipped[path] = str(error)
         if self._last is None:
-            raise NoUsableData(
-                f"no photo to calibrate on can be read; the first, {self.skipped[0][0]}: {self.skipped[0][1]}"
-            )
+            path, reason = next(iter(self.skipped.items()))
+            raise NoUsableData(f"no photo to calibrate on can be read; {path}: {reason}")
         return self._last  # the one before counts twice: a calibration of n photos needs n
+
+    def _candidates(self, index: int) -> Iterator[Path]:
+        yield self._chosen[index]
+        while self._spare:
+            yield self._spare.pop()
+        if self._last is None:  # nothing to fall back on: borrow from the photos still to come
+            yield from self._chosen[index + 1 :]
 
     def _view(self, path: Path) -> np.ndarray:
         side = self._preprocessing.resize_side
         needed = read_header(path, side).decode_bytes
         if needed > self._decode_budget_bytes:
             raise UnreadablePhoto(
-                f"decoding needs {format_size(needed)}, "
-                f"the budget leaves {format_size(self._decode_budget_bytes)}"
+                f"decoding needs {format_size(needed)}, the budget leaves {format_size(self._decode_budget_bytes)}"
             )
         return center_view(shrink(open_photo(path, side), self._preprocessing), self._preprocessing)

@@ -64,16 +64,20 @@ class Settings:
 def choose_ranks(source: DenseSource, settings: Settings) -> dict[str, int | None]:
     """Rank of each linear, None where factors would be larger than the weight.
 
-    For a source that is itself truncated (an artefact of ours at a larger epsilon) its own loss is counted: the
-    product holds only its epsilon of the original's squared singular values.
+    For a linear that is itself truncated (in an artefact of ours at a larger epsilon) its own loss is counted: the
+    product holds only its epsilon of the original's squared singular values, and beyond its rank only rounding.
     """
-    share = settings.epsilon
-    if source.config is not None and source.config.epsilon is not None:
-        share = min(1.0, settings.epsilon / source.config.epsilon)
+    config = source.config
     ranks: dict[str, int | None] = {}
     for name, (out_features, in_features) in source.geometry.linear_shapes().items():
         weight = torch.from_numpy(source.read(f"{name}.weight"))
-        rank = rank_for_explained_variance(singular_values(weight).numpy(), share)
+        values = singular_values(weight).numpy()
+        share, own = settings.epsilon, None if config is None else config.linears.get(name)
+        if own is not None:
+            values = values[:own]
+            if config is not None and config.epsilon is not None:
+                share = min(1.0, settings.epsilon / config.epsilon)
+        rank = rank_for_explained_variance(values, share)
         highest = break_even_rank(out_features, in_features)
         if rank <= highest:
             ranks[name] = rank
@@ -125,6 +129,7 @@ def convert(
             if walk is not None:
                 # the next block is calibrated on what rounding leaves of this one
                 walk.advance(index, ranks, {n: t.to(_torch_dtype(stored)).float() for n, t in tensors.items()})
+            del tensors  # before the next block is read
             if on_progress is not None:
                 on_progress(index + 1, geometry.depth)
     return config

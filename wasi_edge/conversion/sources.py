@@ -169,9 +169,7 @@ def _from_hugging_face(folder: Path) -> DenseSource:
 def _key_map(config: Mapping[str, Any]) -> ModuleType:
     model_type = config.get("model_type")
     if model_type == "dinov2_with_registers":
-        raise ConversionError(
-            "DINOv2 with register tokens is not supported; use the variant without registers"
-        )
+        raise ConversionError("DINOv2 with register tokens is not supported; use the variant without registers")
     if not isinstance(model_type, str) or model_type not in _KEY_MAPS:
         raise ConversionError(
             f"model type {model_type!r} is not supported; supported are {' and '.join(sorted(_KEY_MAPS))}"

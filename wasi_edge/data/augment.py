@@ -45,9 +45,7 @@ def augment(
     box = _random_box(rng, shrunk.shape[1], shrunk.shape[0], scale, ratio)
     mirrored = rng.random() < 0.5
     # `box` makes Pillow read and resize the crop alone, at fractions of a pixel.
-    view = np.asarray(
-        Image.fromarray(shrunk).resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
-    )
+    view = np.asarray(Image.fromarray(shrunk).resize((image_size, image_size), Image.Resampling.BICUBIC, box=box))
     return np.array(view[:, ::-1] if mirrored else view, dtype=np.uint8, order="C")
 
 

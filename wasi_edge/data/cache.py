@@ -55,9 +55,7 @@ class PhotoCache:
         self.paths: list[Path] = [root / entry["path"] for entry in self._entries]
         self.hashes: list[int] = [int(entry["dhash"], 16) for entry in self._entries]
         self.skipped: list[SkippedFile] = [
-            SkippedFile(
-                entry["path"].encode("utf-8", "surrogateescape").decode("utf-8", "replace"), entry["reason"]
-            )
+            SkippedFile(entry["path"].encode("utf-8", "surrogateescape").decode("utf-8", "replace"), entry["reason"])
             for entry in index["photos"]
             if "reason" in entry
         ]
@@ -74,9 +72,7 @@ class PhotoCache:
         while rest:
             count = os.preadv(self._fd, [rest], offset)
             if count == 0:
-                raise WasiEdgeError(
-                    f"{self.directory}: pixels.bin ends too early: delete the folder and start again"
-                )
+                raise WasiEdgeError(f"{self.directory}: pixels.bin ends too early: delete the folder and start again")
             rest, offset = rest[count:], offset + count
         return out
 
@@ -150,9 +146,7 @@ def build_cache(
             index = _read_index(directory)
             wanted = _fingerprint(photos, preprocessing)
             if index is None or not _matches(index, wanted, decode_budget_bytes):
-                index = _build(
-                    photos, directory, preprocessing, decode_budget_bytes, threads, on_progress, wanted
-                )
+                index = _build(photos, directory, preprocessing, decode_budget_bytes, threads, on_progress, wanted)
             elif on_progress is not None:
                 on_progress(len(photos), len(photos))
             return PhotoCache(directory, index)
@@ -182,9 +176,7 @@ def _fingerprint(photos: Sequence[Photo], preprocessing: Preprocessing) -> dict[
         except OSError:  # gone since the scan: decoding will list it
             size, mtime_ns = -1, -1
         path = os.path.relpath(photo.path.absolute(), root)
-        entries.append(
-            {"path": path, "label": photo.label, "part": photo.part, "size": size, "mtime_ns": mtime_ns}
-        )
+        entries.append({"path": path, "label": photo.label, "part": photo.part, "size": size, "mtime_ns": mtime_ns})
     return {"schema": SCHEMA, "preprocessing": preprocessing.to_dict(), "root": str(root), "photos": entries}
 
 
@@ -192,9 +184,7 @@ def _matches(index: dict[str, Any], wanted: dict[str, Any], decode_budget_bytes:
     if any(index[key] != wanted[key] for key in ("schema", "preprocessing", "root")):
         return False
     # A photo once too big for the budget is worth a rebuild when it fits.
-    if any(
-        entry.get("needs_bytes", decode_budget_bytes + 1) <= decode_budget_bytes for entry in index["photos"]
-    ):
+    if any(entry.get("needs_bytes", decode_budget_bytes + 1) <= decode_budget_bytes for entry in index["photos"]):
         return False
     if len(index["photos"]) != len(wanted["photos"]):
         return False

@@ -133,9 +133,7 @@ def _expose(scene: Image.Image, rng: np.random.Generator) -> Image.Image:
     light = np.asarray(scene, np.float32) / 255  # H, W, 3
     height, width = light.shape[:2]
     y, x = np.linspace(-1, 1, height, dtype=np.float32)[:, None], np.linspace(-1, 1, width, dtype=np.float32)
-    glow = (
-        1 + rng.uniform(-0.25, 0.25) * x + rng.uniform(-0.25, 0.25) * y - rng.uniform(0, 0.2) * (x**2 + y**2)
-    )
+    glow = 1 + rng.uniform(-0.25, 0.25) * x + rng.uniform(-0.25, 0.25) * y - rng.uniform(0, 0.2) * (x**2 + y**2)
     light *= glow[..., None] * np.float32(2 ** rng.uniform(-0.7, 0.45))
     light *= rng.normal(1, 0.06, 3).astype(np.float32)
     light += rng.normal(0, rng.uniform(0.005, 0.03), 1)[0]
@@ -166,9 +164,7 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
     """A wooden table, a woven cloth, tiles or a plain surface, seen from above."""
     width, height = size
     kind = rng.integers(4)
-    colour = np.array(
-        make_colour(rng, saturation=rng.uniform(0.03, 0.35), value=rng.uniform(0.45, 0.95)), np.float32
-    )
+    colour = np.array(make_colour(rng, saturation=rng.uniform(0.03, 0.35), value=rng.uniform(0.45, 0.95)), np.float32)
     if kind == 0:
         colour = np.array([150, 105, 65], np.float32) * rng.uniform(0.6, 1.4)
         texture = _smooth_noise(rng, size, (3, 40)) * 0.14 + _smooth_noise(rng, size, (2, 120)) * 0.1
@@ -206,9 +202,7 @@ def _add_clutter(scene: Image.Image, rng: np.random.Generator) -> None:
     colour = make_colour(rng, saturation=rng.uniform(0, 0.7), value=rng.uniform(0.3, 1.0))
     kind = rng.integers(4)
     if kind == 0:
-        draw.polygon(
-            _turned_box(x, y, short * rng.uniform(0.1, 0.3), short * rng.uniform(0.1, 0.3), rng), colour
-        )
+        draw.polygon(_turned_box(x, y, short * rng.uniform(0.1, 0.3), short * rng.uniform(0.1, 0.3), rng), colour)
     elif kind == 1:
         radius = short * rng.uniform(0.03, 0.09)
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour, shade(colour, 0.7), 2)
@@ -223,9 +217,7 @@ def _add_clutter(scene: Image.Image, rng: np.random.Generator) -> None:
         draw.ellipse((x - rx, y - ry, x + rx, y + ry), shade(colour, 0.8))
 
 
-def _turned_box(
-    x: float, y: float, half_width: float, half_height: float, rng: np.random.Generator
-) -> Points:
+def _turned_box(x: float, y: float, half_width: float, half_height: float, rng: np.random.Generator) -> Points:
     angle = rng.uniform(0, np.pi)
     along = np.array([np.cos(angle), np.sin(angle)]) * half_width
     across = np.array([-np.sin(angle), np.cos(angle)]) * half_height

@@ -18,9 +18,7 @@ _SPRITE = 640  # pixels across, before an object is turned and scaled
 _Y, _X = np.mgrid[-1 : 1 : _SPRITE * 1j, -1 : 1 : _SPRITE * 1j].astype(np.float32)
 
 
-def make_colour(
-    rng: np.random.Generator, saturation: float, value: float, hue: float | None = None
-) -> Colour:
+def make_colour(rng: np.random.Generator, saturation: float, value: float, hue: float | None = None) -> Colour:
     """A colour of any hue, or of the one given."""
     hue = rng.uniform() if hue is None else hue
     wheel = np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
@@ -76,9 +74,7 @@ def _mug(rng: np.random.Generator) -> Image.Image:
     sprite, colour = _Sprite(), make_colour(rng, rng.uniform(0.05, 0.8), rng.uniform(0.5, 1))
     top, half = rng.uniform(-0.75, -0.55), rng.uniform(0.42, 0.55)
     left, right, bottom = -half - 0.12, half - 0.12, rng.uniform(0.5, 0.75)
-    sprite.draw.ellipse(
-        sprite.box(right - 0.3, top + 0.25, right + 0.42, bottom - 0.2), None, shade(colour, 0.85), 46
-    )
+    sprite.draw.ellipse(sprite.box(right - 0.3, top + 0.25, right + 0.42, bottom - 0.2), None, shade(colour, 0.85), 46)
     taper = rng.uniform(0, 0.12)
     sprite.draw.ellipse(sprite.box(left + taper, bottom - 0.15, right - taper, bottom + 0.15), colour)
     sprite.polygon([(left, top), (right, top), (right - taper, bottom), (left + taper, bottom)], colour)
@@ -167,9 +163,7 @@ def _ball(rng: np.random.Generator) -> Image.Image:
     pixels[painted & (pixels[..., 3] > 0), :3] = other
     sprite.image = Image.fromarray(pixels)
     facing = np.clip(-0.45 * x - 0.6 * y + 0.65 * z, 0, 1)
-    return sprite.lit(
-        0.3 + 0.8 * facing, rng.uniform(0.1, 0.6) * _bump(-0.33 * radius, -0.42 * radius, 0.14, 0.11)
-    )
+    return sprite.lit(0.3 + 0.8 * facing, rng.uniform(0.1, 0.6) * _bump(-0.33 * radius, -0.42 * radius, 0.14, 0.11))
 
 
 def _bottle(rng: np.random.Generator) -> Image.Image:
@@ -213,9 +207,7 @@ def _book(rng: np.random.Generator) -> Image.Image:
         sprite.line([(inset - half, line), (half - rng.uniform(0.1, 0.5), line)], title, 0.07)
     if rng.random() < 0.6:
         radius = rng.uniform(0.12, 0.25)
-        sprite.draw.ellipse(
-            sprite.box(-radius, 0.3 - radius, radius, 0.3 + radius), make_colour(rng, 0.6, 0.9)
-        )
+        sprite.draw.ellipse(sprite.box(-radius, 0.3 - radius, radius, 0.3 + radius), make_colour(rng, 0.6, 0.9))
     return sprite.lit(0.95 - 0.12 * _X - 0.1 * _Y)
 
 

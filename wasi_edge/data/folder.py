@@ -388,7 +388,5 @@ def _metadata_rows(metadata: Path) -> list[tuple[str, str]]:
                     )
                 rows.append((name, unicodedata.normalize("NFC", label)))
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise NoUsableData(
-            f"{metadata}: row {len(rows) + 1} cannot be read ({error}): save it as UTF-8"
-        ) from error
+        raise NoUsableData(f"{metadata}: row {len(rows) + 1} cannot be read ({error}): save it as UTF-8") from error
     return rows

@@ -46,9 +46,7 @@ class Header:
     min_side: int = DEFAULT_MIN_SIDE
 
 
-def read_header(
-    path: str | os.PathLike[str], min_side: int = DEFAULT_MIN_SIDE, max_pixels: int = MAX_PIXELS
-) -> Header:
+def read_header(path: str | os.PathLike[str], min_side: int = DEFAULT_MIN_SIDE, max_pixels: int = MAX_PIXELS) -> Header:
     """Read a photo's header, decoding nothing. Raises `UnreadablePhoto`, as `open_photo` does."""
     with sniffed(path, max_pixels) as (_, picture_format, start):
         if picture_format == "WEBP":  # Pillow would read the whole file and reserve two canvases

@@ -107,9 +107,7 @@ def split(
     return np.flatnonzero(~validates), np.flatnonzero(validates)
 
 
-def _held_out(
-    label: str, indices: list[int], groups: Sequence[int], val_fraction: float, seed: int
-) -> list[int]:
+def _held_out(label: str, indices: list[int], groups: Sequence[int], val_fraction: float, seed: int) -> list[int]:
     """The photos of one class that validate."""
     by_group: dict[int, list[int]] = {}
     for index in indices:

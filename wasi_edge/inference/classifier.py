@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from wasi_edge.errors import UsageError
 
-if (
-    TYPE_CHECKING
-):  # the command line reads `Backend` at every start, and needs neither numpy nor Pillow for it
+if TYPE_CHECKING:  # the command line reads `Backend` at every start, and needs neither numpy nor Pillow for it
     import numpy as np
 
     from wasi_edge.preprocess import Preprocessing

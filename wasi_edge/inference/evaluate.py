@@ -45,10 +45,7 @@ def evaluate_folder(
     if any(photo.part == "val" for photo in photos):
         trained = sum(photo.part != "val" for photo in photos)
         photos = [photo for photo in photos if photo.part == "val"]
-        say(
-            f"evaluating the {len(photos)} validation photos of {photos_root}; "
-            f"the {trained} for training are left out"
-        )
+        say(f"evaluating the {len(photos)} validation photos of {photos_root}; the {trained} for training are left out")
     photos, unknown = _of_known_classes(photos, classifier.labels, Path(photos_root))
     skipped += unknown
     if unknown:
@@ -64,24 +61,19 @@ def evaluate_folder(
         if on_progress is not None:
             on_progress(done, len(photos))
     if not confusion.any():
-        raise NoUsableData(
-            f"{photos_root}: none of its {len(photos)} photos can be read; nothing was evaluated"
-        )
+        raise NoUsableData(f"{photos_root}: none of its {len(photos)} photos can be read; nothing was evaluated")
     skipped.sort(key=lambda entry: (entry.path, entry.reason))
     listed = [{"path": entry.path, "reason": entry.reason} for entry in skipped]
     return {**scores(confusion, classifier.labels), "skipped_files": listed}
 
 
-def _of_known_classes(
-    photos: list[Photo], labels: list[str], root: Path
-) -> tuple[list[Photo], list[SkippedFile]]:
+def _of_known_classes(photos: list[Photo], labels: list[str], root: Path) -> tuple[list[Photo], list[SkippedFile]]:
     """(photos the model has a label for, the others with their reason). NoUsableData without any known."""
     known = [photo for photo in photos if photo.label in labels]
     if not known:
         found = sorted({photo.label for photo in photos})
         raise NoUsableData(
-            f"{root}: the model knows none of its classes; "
-            f"it knows {_few(labels)}, the folder has {_few(found)}"
+            f"{root}: the model knows none of its classes; it knows {_few(labels)}, the folder has {_few(found)}"
         )
     unknown = [photo for photo in photos if photo.label not in labels]
     reason = "the model does not know the class '{}'"

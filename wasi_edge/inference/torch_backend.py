@@ -41,9 +41,7 @@ class TorchClassifier:
 
             self.labels = config.labels
             self.preprocessing = config.preprocessing
-            self._network = build_vit(
-                config.geometry, config.linears, read, config.preprocessing.image_size, head=True
-            )
+            self._network = build_vit(config.geometry, config.linears, read, config.preprocessing.image_size, head=True)
         self._run = Pass()
 
     @torch.no_grad()

@@ -76,6 +76,7 @@ class Block:
 
     def forward(self, x: Tensor, run: Pass, keep: Keep | None) -> tuple[Tensor, SavedBlock | None]:
         """(B, N, D) -> (B, N, D), in the buffer that the outputs of all blocks share. `keep` None: inference."""
+        saved: SavedBlock | None
         if keep is Keep.RECOMPUTE:
             saved = SavedBlock(_shape3(x), x=run.workspace.keep(f"{self.name}.x", x, x.dtype))
             middle, inner = self._to_inner(x, run, None, None)

@@ -83,9 +83,7 @@ def throttled() -> dict[str, Any] | None:
     if command is None:
         return None
     try:
-        answer = subprocess.run(
-            [command, "get_throttled"], capture_output=True, text=True, timeout=2, check=False
-        )
+        answer = subprocess.run([command, "get_throttled"], capture_output=True, text=True, timeout=2, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     match = re.search(r"throttled=(0x[0-9a-fA-F]+)", answer.stdout)

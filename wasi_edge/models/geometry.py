@@ -60,19 +60,13 @@ class ViTGeometry:
                 raise ArtefactError(f"geometry: {name} should be a whole number above 0, found {value!r}")
         for name in ("class_token", "layer_scale"):
             if type(getattr(self, name)) is not bool:
-                raise ArtefactError(
-                    f"geometry: {name} should be true or false, found {getattr(self, name)!r}"
-                )
+                raise ArtefactError(f"geometry: {name} should be true or false, found {getattr(self, name)!r}")
         if self.width % self.heads:
             raise ArtefactError(f"geometry: width {self.width} is not a multiple of the {self.heads} heads")
         if self.features not in FEATURES:
-            raise ArtefactError(
-                f"geometry: features should be one of {', '.join(FEATURES)}, found {self.features!r}"
-            )
+            raise ArtefactError(f"geometry: features should be one of {', '.join(FEATURES)}, found {self.features!r}")
         if "class" in self.features and not self.class_token:
-            raise ArtefactError(
-                f"geometry: features {self.features!r} need a class token, the model has none"
-            )
+            raise ArtefactError(f"geometry: features {self.features!r} need a class token, the model has none")
         eps = self.norm_eps
         if type(eps) not in (int, float) or not (math.isfinite(eps) and eps > 0):
             raise ArtefactError(f"geometry: norm_eps should be a number above 0, found {eps!r}")
@@ -115,9 +109,7 @@ class ViTGeometry:
             shapes[f"blocks.{block}.fc2"] = (self.width, self.mlp_width)
         return shapes
 
-    def tensor_shapes(
-        self, ranks: Mapping[str, int | None], num_classes: int | None
-    ) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(self, ranks: Mapping[str, int | None], num_classes: int | None) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the artefact, in the order it is written.
 
         `ranks` maps a linear's name to its rank K, or None for a dense one; a linear not named is

@@ -91,9 +91,7 @@ def has_classifier(config: Mapping[str, Any], keys: Iterable[str] | None) -> boo
     return any(str(name).endswith("ForImageClassification") for name in config.get("architectures") or [])
 
 
-def build_geometry(
-    config: Mapping[str, Any], *, mlp_width: Any, features: str, layer_scale: bool
-) -> ViTGeometry:
+def build_geometry(config: Mapping[str, Any], *, mlp_width: Any, features: str, layer_scale: bool) -> ViTGeometry:
     """A ViTGeometry from the fields that Hugging Face's ViT-like configurations share.
 
     Raises ConversionError for non-square images or patches, another activation than exact GELU, or

@@ -30,9 +30,7 @@ def resolve_model(name: str) -> Path:
     folder = Path(name)
     if is_artefact(folder) or is_hugging_face_folder(folder):
         return folder
-    expected = (
-        f"expected a folder with {CONFIG_NAME} and {TENSORS_NAME} (a run, a converted or Hugging Face model)"
-    )
+    expected = f"expected a folder with {CONFIG_NAME} and {TENSORS_NAME} (a run, a converted or Hugging Face model)"
     if not folder.exists():
         raise ArtefactError(f"{name}: no such model; {expected}, or '{DEFAULT_NAME}'")
     if not folder.is_dir():

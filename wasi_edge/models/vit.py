@@ -159,7 +159,11 @@ class VisionTransformer:
 def artefact_name(layer: str, key: str) -> str:
     """`blocks.3.proj` + `scale` is stored as `blocks.3.scale1`; every other parameter as `<layer>.<key>`."""
     if key == "scale":
-        return layer.removesuffix(".proj") + ".scale1" if layer.endswith(".proj") else layer.removesuffix(".fc2") + ".scale2"
+        return (
+            layer.removesuffix(".proj") + ".scale1"
+            if layer.endswith(".proj")
+            else layer.removesuffix(".fc2") + ".scale2"
+        )
     return f"{layer}.{key}"
 
 

@@ -16,6 +16,11 @@ FLOAT = 4
 # Rounding of every buffer to pages, Python objects, and what malloc loses between blocks.
 HEAP_SLACK_BYTES = 6 * 2**20
 HEAP_SLACK_SHARE = 0.03
+# Packing buffers and thread-local scratch of the matrix product libraries: they grow with the first large products,
+# by an amount that depends on none of the sizes here. Measured: 13 MB with one thread, 16 with two.
+PRODUCT_SCRATCH_BYTES = 18 * 2**20
+# tokens at a time in `layers/activation.py`
+GELU_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -89,15 +94,27 @@ def saved_bytes_per_token(load: Workload, compact: bool) -> float:
     return kept + FLOAT * sum(min(load.gradient_rank, width) for width in inputs.values())
 
 
-def shared_bytes_per_token(load: Workload) -> int:
-    """Buffers of a pass that all blocks share, per token: inputs, outputs and gradients of the layer at work."""
+def forward_bytes_per_token(load: Workload) -> int:
+    """What a forward pass holds per token beside the weights, whether or not anything is kept."""
     d, m = load.geometry.width, load.geometry.mlp_width
-    widest = max((rank or 0) for rank in load.ranks.values())
+    hidden = max((rank or 0) for rank in load.ranks.values())
     patches = load.geometry.channels * load.geometry.patch_size**2
-    buffers = widest + 3 * d + d + d + d + m + m + 4 * d + 3 * d + d + patches
-    # fresh tensors alive at the worst moment of a backward pass: dy, dq dk dv, the attention's scratch, a norm's dx
-    fresh = d + 3 * d + 2 * d
-    return FLOAT * (buffers + fresh)
+    buffers = hidden + 3 * d + 3 * d + m + patches  # hidden, qkv, (branch, middle, out), inner, patches
+    return FLOAT * (buffers + 3 * d)  # fresh: both norms' outputs and the attention's
+
+
+def shared_bytes_per_token(load: Workload) -> int:
+    """What forward and backward passes hold per token beside the weights and what the blocks keep."""
+    d = load.geometry.width
+    # buffers of the backward pass alone: gradient of qkv, the last norm's x_hat
+    # fresh at its worst moment, in the attention: dq, dk, dv, the gradients of the residual, of the last norm's
+    # output and of the block's second norm, three of which take the place of the forward pass's
+    return forward_bytes_per_token(load) + FLOAT * (3 * d + d + 3 * d)
+
+
+def chunk_bytes(load: Workload, tokens: int) -> int:
+    """Scratch of GELU's derivative, which goes through the tokens a few at a time."""
+    return FLOAT * min(tokens, GELU_ROWS) * load.geometry.mlp_width
 
 
 def training_items(load: Workload, micro_batch: int, recomputed_blocks: int) -> list[Item]:
@@ -120,7 +137,7 @@ def training_items(load: Workload, micro_batch: int, recomputed_blocks: int) -> 
         Item("gradients (P, U, dense parameters)", (small_gradients + others) * FLOAT),
         Item("optimiser state (momentum, Gram matrices, moments)", update_state_bytes(load) + others * 2 * FLOAT),
         Item("kept for the backward pass", int(tokens * kept)),
-        Item("buffers of the layer at work", tokens * shared_bytes_per_token(load)),
+        Item("buffers of the layer at work", tokens * shared_bytes_per_token(load) + chunk_bytes(load, tokens)),
         Item("photos of a micro-batch", photos),
     ]
     return _with_slack(items)
@@ -151,7 +168,7 @@ def head_items(load: Workload, micro_batch: int, num_photos: int) -> list[Item]:
     tokens = micro_batch * load.tokens
     items = [
         Item("weights", (linears + others) * FLOAT),
-        Item("buffers of the layer at work", tokens * shared_bytes_per_token(load) * 2 // 3),
+        Item("buffers of the layer at work", tokens * forward_bytes_per_token(load)),
         Item("features and the closed-form fit", head_fit_bytes(load, num_photos)),
         Item("photos of a micro-batch", micro_batch * (2 * load.augment_photo_bytes + 15 * load.image_size**2)),
     ]
@@ -170,5 +187,6 @@ def total(items: list[Item]) -> int:
 
 
 def _with_slack(items: list[Item]) -> list[Item]:
+    scratch = Item("scratch of the matrix products", PRODUCT_SCRATCH_BYTES)
     slack = HEAP_SLACK_BYTES + int(HEAP_SLACK_SHARE * total(items))
-    return [*items, Item("heap rounding and headroom", slack)]
+    return [*items, scratch, Item("heap rounding and headroom", slack)]

@@ -127,7 +127,9 @@ def candidates(load: Workload, work: Work, base_bytes: int, speed: Speed) -> Ite
             continue
         small_head = head_items(load, min(size, EVALUATION_BATCH), num_photos)
         for again in recomputations:
-            yield _plan(load, work, base_bytes, speed, size, again, items_of(size, again), min(head, small_head, key=total))
+            yield _plan(
+                load, work, base_bytes, speed, size, again, items_of(size, again), min(head, small_head, key=total)
+            )
 
 
 def _plan(

@@ -119,11 +119,7 @@ def _continuation(report: Mapping[str, Any]) -> str:
         ("known before", since.get("old_classes"), before, "old_class_accuracy"),
         ("new this time", since.get("new_classes"), "–", "new_class_accuracy"),
     )
-    rows = [
-        (what, words.names_text(of), was, words.percent(since.get(key)))
-        for what, of, was, key in groups
-        if of
-    ]
+    rows = [(what, words.names_text(of), was, words.percent(since.get(key))) for what, of, was, key in groups if of]
     absent = escape(words.names_text(since.get("absent_classes") or ()))
     note = f"<p>Without photos this time: {absent}. Kept, but not tested here.</p>" if absent else ""
     table = _table(("", "classes", "accuracy before", "accuracy now"), rows)

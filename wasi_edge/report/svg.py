@@ -46,8 +46,7 @@ class Series:
 def printable(text: object) -> str:
     """`text` without what breaks a terminal or an XML parser: controls and lone surrogates become U+FFFD."""
     return "".join(
-        "\ufffd" if unicodedata.category(char) in ("Cc", "Cs") or char in "\ufffe\uffff" else char
-        for char in str(text)
+        "\ufffd" if unicodedata.category(char) in ("Cc", "Cs") or char in "\ufffe\uffff" else char for char in str(text)
     )
 
 
@@ -204,9 +203,7 @@ def confusion_matrix(matrix: Sequence[Sequence[float]], classes: Sequence[str]) 
                 ink = "var(--on-shade,#fff)" if shade > 0.55 else "currentColor"
                 faint = ";opacity:.35" if value <= 0 else ""
                 style = f"fill:{ink};pointer-events:none{faint}"
-                parts.append(
-                    _text(x + cell / 2, y + cell / 2 + 4.5, number_text(value), "middle", style=style)
-                )
+                parts.append(_text(x + cell / 2, y + cell / 2 + 4.5, number_text(value), "middle", style=style))
     label = f"Confusion matrix of {count} classes: {number_text(right_count)} of {number_text(total)} right"
     return _svg(width, bottom + 28, label, "".join(parts), least_width=min(width, 16.0 * count + longest))
 
@@ -220,9 +217,7 @@ def _points(curve: Series) -> list[tuple[float, float | None]]:
     return [(x, finite(raw_y)) for raw_x, raw_y in pairs if (x := finite(raw_x)) is not None]
 
 
-def _curve(
-    curve: Series, index: int, x_label: str, place: Callable[[float, float], tuple[float, float]]
-) -> str:
+def _curve(curve: Series, index: int, x_label: str, place: Callable[[float, float], tuple[float, float]]) -> str:
     """The line, broken at gaps, then one marker with a tooltip a point (thinned where there are many)."""
     steps, pen_down = [], False
     known: list[tuple[float, float]] = []
@@ -245,9 +240,7 @@ def _curve(
 
 def _legend(series: Sequence[Series], levels: Sequence[tuple[str, float]], width: float) -> tuple[str, float]:
     """The legend, wrapped over as many rows as it needs, and where the plot below it begins."""
-    entries = [
-        (curve.name, f"stroke:{_colour(i)};stroke-width:2.2{_dash(i)}", i) for i, curve in enumerate(series)
-    ]
+    entries = [(curve.name, f"stroke:{_colour(i)};stroke-width:2.2{_dash(i)}", i) for i, curve in enumerate(series)]
     entries += [
         (f"{name} ({number_text(level)})", _level_style(i), -1) for i, (name, level) in enumerate(levels)
     ]  # fmt: skip

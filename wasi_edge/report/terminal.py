@@ -118,9 +118,7 @@ def headline(report: Mapping[str, Any]) -> str:
         clauses.append(format_duration(seconds))
     budget = finite(report.get("budget_bytes"))
     if peak := finite(report.get("peak_rss_bytes")):
-        clauses.append(
-            f"peak {format_size(peak)}" + (f" of a {format_size(budget)} budget" if budget else "")
-        )
+        clauses.append(f"peak {format_size(peak)}" + (f" of a {format_size(budget)} budget" if budget else ""))
     sentence = "; ".join(printable(clause).rstrip(".") for clause in clauses)
     return sentence[:1].upper() + sentence[1:] + "."
 
@@ -190,9 +188,7 @@ def _epochs_figure(report: Mapping[str, Any]) -> KeyFigure | None:
         and (epoch := finite(entry.get("epoch"))) is not None
     ]
     best = -max(known)[1] if known else None
-    note = (
-        "" if best is None else f"best after epoch {number_text(best)}" if best else "the head alone was best"
-    )
+    note = "" if best is None else f"best after epoch {number_text(best)}" if best else "the head alone was best"
     return KeyFigure("Training", epochs_text(report), note)
 
 
@@ -289,10 +285,7 @@ def summary(report: Mapping[str, Any], out: str) -> RenderableType:
     """What a finished run prints: the headline, the figures behind it and the commands that come next."""
     status = str(report.get("status") or "")
     rows = [("status", printable(STATUS_WORDS.get(status, status)))]
-    rows += [
-        (label.lower(), f"{value} ({note})" if note else value)
-        for label, value, note, _ in key_figures(report)
-    ]
+    rows += [(label.lower(), f"{value} ({note})" if note else value) for label, value, note, _ in key_figures(report)]
     if report.get("skipped_files"):
         rows.append(("why skipped", "the report lists every file and the reason"))
     run = shlex.quote(printable(out))

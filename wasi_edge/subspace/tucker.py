@@ -47,9 +47,7 @@ class Tucker(NamedTuple):
     factors: tuple[Tensor | None, ...]
 
 
-def initial_basis(
-    features: int, rank: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def initial_basis(features: int, rank: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return a random orthonormal basis (features, rank), drawn from the generator, on its device.
 
     Raises
@@ -63,9 +61,7 @@ def initial_basis(
     return orthonormalise(draws)
 
 
-def refresh_basis(
-    x: Tensor, basis: Tensor, token_weight: Tensor | None = None, iterations: int = 1
-) -> Tensor:
+def refresh_basis(x: Tensor, basis: Tensor, token_weight: Tensor | None = None, iterations: int = 1) -> Tensor:
     """Return `orth(x^T diag(w) x U)`, a warm-started subspace iteration on the last mode.
 
     Parameters

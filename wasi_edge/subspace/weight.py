@@ -285,9 +285,7 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 def _check_pair(left: Tensor, right: Tensor) -> None:
     if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
-        raise ValueError(
-            f"expected factors (O, K) and (K, I), got shapes {tuple(left.shape)} and {tuple(right.shape)}"
-        )
+        raise ValueError(f"expected factors (O, K) and (K, I), got shapes {tuple(left.shape)} and {tuple(right.shape)}")
 
 
 def _check_dtype(left: Tensor, right: Tensor) -> None:

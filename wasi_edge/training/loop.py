@@ -114,7 +114,13 @@ def validate(trainer: Trainer, photos: PhotoSet, events: Events | None = None, n
 
 
 def train(
-    trainer: Trainer, photos: PhotoSet, held_out: PhotoSet, settings: LoopSettings, progress: Progress, events: Events, hooks: Hooks
+    trainer: Trainer,
+    photos: PhotoSet,
+    held_out: PhotoSet,
+    settings: LoopSettings,
+    progress: Progress,
+    events: Events,
+    hooks: Hooks,
 ) -> str:
     """Run until done; returns 'completed', 'early_stopped', 'time_limit' or 'interrupted'. Updates `progress`."""
     steps = math.ceil(len(photos) / settings.batch)

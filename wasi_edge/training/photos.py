@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,15 +27,15 @@ class PhotoSet:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def views(self, positions: Sequence[int]) -> np.ndarray:
+    def views(self, positions: Iterable[int]) -> np.ndarray:
         """Centre views (B, S, S, 3) uint8, the same pixels that prediction uses."""
         return np.stack([center_view(self.cache.read(int(self.indices[p])), self.preprocessing) for p in positions])
 
-    def pixels(self, positions: Sequence[int]) -> Tensor:
+    def pixels(self, positions: Iterable[int]) -> Tensor:
         """Centre views, normalised: (B, 3, S, S) float32."""
         return torch.from_numpy(normalise(self.views(positions), self.preprocessing))
 
-    def augmented(self, positions: Sequence[int], seed: int, epoch: int) -> Tensor:
+    def augmented(self, positions: Iterable[int], seed: int, epoch: int) -> Tensor:
         """Random crops and flips, keyed by (seed, epoch, photo), normalised: (B, 3, S, S) float32."""
         size = self.preprocessing.image_size
         views = [

@@ -93,7 +93,9 @@ def prepare(request: FinetuneRequest, events: Events) -> Prepared:
         gradient_rank=defaults.GRADIENT_RANK,
         augment_photo_bytes=3 * 2 * model.preprocessing.resize_side**2,
     )
-    speed = Speed(probe.train_seconds, probe.infer_seconds, probe.update_seconds, _decode_seconds(folder, model) / threads)
+    speed = Speed(
+        probe.train_seconds, probe.infer_seconds, probe.update_seconds, _decode_seconds(folder, model) / threads
+    )
     base = read_memory().rss_bytes + probe.torch_bytes
     plan = choose_plan(load, work, base, request.budget_bytes, speed)
     events.planned(plan.to_dict(), request.budget_bytes, plan.peak_bytes, plan.seconds)
@@ -190,7 +192,9 @@ def _notes(request: FinetuneRequest, model: ModelChoice, labels: tuple[str, ...]
     if request.method is Method.VANILLA and factored:
         notes.append(f"--method vanilla multiplies the factors of {model.name} out to dense weights")
     if request.method is Method.WASI and model.convert_epsilon is not None:
-        notes.append(f"{model.name} is converted first, at epsilon {model.convert_epsilon:g}, calibrated on your photos")
+        notes.append(
+            f"{model.name} is converted first, at epsilon {model.convert_epsilon:g}, calibrated on your photos"
+        )
     elif request.method is Method.WASI and model.config is not None:
         dense = [name for name, rank in model.config.linears.items() if rank is None]
         if dense:

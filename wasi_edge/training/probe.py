@@ -81,7 +81,7 @@ def _main() -> int:
     """The child: one JSON question on stdin, one JSON answer on stdout."""
     question = json.load(sys.stdin)
     # what the run has imported too before torch, so that the difference is torch's alone
-    import numpy  # noqa: F401, ICN001
+    import numpy  # noqa: F401
     import PIL.Image  # noqa: F401
 
     from wasi_edge.memory.malloc import settle_threads, tune_malloc
@@ -142,9 +142,7 @@ def _random_block(geometry: ViTGeometry, ranks: Mapping[str, int | None]) -> Any
     index = geometry.depth // 2
     shapes = geometry.tensor_shapes(ranks, None)
     generator = torch.Generator().manual_seed(0)
-    return build_block(
-        geometry, index, ranks, lambda name: torch.randn(shapes[name], generator=generator).mul_(0.02)
-    )
+    return build_block(geometry, index, ranks, lambda name: torch.randn(shapes[name], generator=generator).mul_(0.02))
 
 
 def _infer_block(geometry: ViTGeometry, image_size: int, ranks: Mapping[str, int | None]) -> float:

@@ -51,7 +51,11 @@ def held_out_results(
         for i in chosen
     ]
     figures = scores(confusion, list(labels))
-    return {"confusion": confusion.tolist(), "per_class": figures["per_class"], "balanced_accuracy": figures["balanced_accuracy"]}, photos
+    return {
+        "confusion": confusion.tolist(),
+        "per_class": figures["per_class"],
+        "balanced_accuracy": figures["balanced_accuracy"],
+    }, photos
 
 
 def accuracy_on(validation: Validation, held_out: PhotoSet, classes: set[int]) -> float | None:

@@ -253,9 +253,7 @@ class Session:
             "absent_classes": [label for label in labels if label not in present],
             **(self._before or {}),
             "old_class_accuracy": result.accuracy_on(validation, self._held_out, set(range(old_count))),
-            "new_class_accuracy": result.accuracy_on(
-                validation, self._held_out, set(range(old_count, len(labels)))
-            ),
+            "new_class_accuracy": result.accuracy_on(validation, self._held_out, set(range(old_count, len(labels)))),
         }
 
     def _photo_set(self, indices: list[int], weighted: bool) -> PhotoSet:

@@ -1,0 +1,141 @@
+"""Heal the truncated default model: teach its factors the dense network's last hidden state.
+
+    python benchmarks/heal_default_model.py --source ../shared/models/vit-s14 --photos ../shared/data/photos-1k \
+        --student build/default-truncated --out wasi_edge/default_model
+
+Teacher and student see the same random crops; the loss is the squared error of the student's tokens after the last
+norm, relative to the teacher's spread. AdamW on balanced factors under torch autograd: this runs on a developer's
+machine, memory does not matter. Only the calibration photos are used, never an evaluation set. Resumable: the state
+is written to --state every 50 steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from wasi_edge.artefact import open_artefact, write_artefact
+from wasi_edge.conversion.sources import open_source
+from wasi_edge.data.augment import augment, epoch_order
+from wasi_edge.models.vanilla import VanillaViT, build_vanilla
+from wasi_edge.preprocess import normalise, open_photo, shrink
+from wasi_edge.subspace.weight import orthonormal_pair
+
+BATCH, WARM_UP, CLIP = 16, 40, 1.0
+
+
+class TwoFactors(nn.Module):
+    """x -> (x R^T) L^T + b."""
+
+    def __init__(self, left: Tensor, right: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        balance = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
+        self.left = nn.Parameter(left * balance)
+        self.right = nn.Parameter(right / balance[:, None])
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.right), self.left, self.bias)
+
+
+def tokens(model: VanillaViT, pixels: Tensor) -> Tensor:
+    """(B, C, S, S) -> tokens after the last norm (B, N, D)."""
+    hidden: list[Tensor] = []
+    hook = model.norm.register_forward_hook(lambda _, __, output: hidden.append(output))
+    model.features(pixels)
+    hook.remove()
+    return hidden[0]
+
+
+def main() -> int:
+    """Train, and write the healed artefact in float16."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--photos", type=Path, required=True)
+    parser.add_argument("--student", type=Path, required=True, help="artefact made by make_default_model.py")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--state", type=Path, default=Path("build/heal-state.pt"))
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    artefact = open_artefact(options.student)
+    config = artefact.config
+    size, preprocessing = config.preprocessing.image_size, config.preprocessing
+    with open_source(options.source) as source:
+        read = lambda name: torch.from_numpy(source.read(name))  # noqa: E731
+        teacher = build_vanilla(config.geometry, read, size, 1).eval()
+        student = build_vanilla(config.geometry, read, size, 1)
+    stored = lambda name: torch.from_numpy(artefact.tensors.read(name, np.float32))  # noqa: E731
+    for index, block in enumerate(student.blocks):
+        for linear in ("qkv", "proj", "fc1", "fc2"):
+            name = f"blocks.{index}.{linear}"
+            setattr(block, linear, TwoFactors(stored(f"{name}.left"), stored(f"{name}.right"), stored(f"{name}.bias")))
+    for parameter in (*student.head.parameters(), student.position):
+        parameter.requires_grad_(False)
+
+    photos = sorted(path for path in options.photos.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    shrunk = [shrink(open_photo(path, preprocessing.resize_side), preprocessing) for path in photos]
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=options.lr, weight_decay=0.0)
+    first = 0
+    if options.state.exists():
+        state = torch.load(options.state, weights_only=True)
+        student.load_state_dict(state["student"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    per_epoch = len(photos) // BATCH
+    began, recent = time.monotonic(), []
+    for step in range(first, options.steps):
+        epoch = step // per_epoch
+        order = epoch_order(len(photos), options.seed, epoch)[(step % per_epoch) * BATCH :][:BATCH]
+        views = np.stack([augment(shrunk[i], size, options.seed, epoch, int(i)) for i in order])
+        pixels = torch.from_numpy(normalise(views, preprocessing))
+        with torch.no_grad():
+            target = tokens(teacher, pixels)
+        loss = (tokens(student, pixels) - target).square().mean() / target.var()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, CLIP)
+        rate = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        recent.append(loss.item())
+        if (step + 1) % 50 == 0:
+            print(f"step {step + 1}: error {sum(recent[-50:]) / len(recent[-50:]):.4f}, "
+                  f"{time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
+            options.state.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(
+                {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, options.state
+            )
+    write(student, artefact, options)
+    return 0
+
+
+@torch.no_grad()
+def write(student: VanillaViT, artefact, options: argparse.Namespace) -> None:
+    """The healed tensors as a float16 artefact, factors orthonormal on the left; the position table is untouched."""
+    config = artefact.config
+    named = {name: value.detach() for name, value in student.named_parameters()}
+    for name in config.linears:
+        pair = orthonormal_pair(named[f"{name}.left"], named[f"{name}.right"])
+        named[f"{name}.left"], named[f"{name}.right"] = pair.left, pair.right
+    healed = {**config.provenance, "healed": f"{options.steps} steps of distillation from the dense network"}
+    with write_artefact(options.out, dataclasses.replace(config, provenance=healed)) as writer:
+        for name in config.tensor_shapes():
+            value = artefact.tensors.read(name) if name == "position" else named[name].numpy().astype(np.float16)
+            writer.add(name, value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
