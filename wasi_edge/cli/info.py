@@ -94,6 +94,8 @@ def for_people(result: dict[str, Any]) -> dict[str, Any]:
     """The same without nulls, the ranks in one line for each kind of layer."""
     shown = {key: value for key, value in result.items() if value is not None and key != "ranks"}
     shown["stored share"] = f"{100 * result['stored_parameters'] / result['dense_parameters']:.0f} % of the parameters"
+    for key in ("dense_parameters", "stored_parameters"):
+        shown[key] = f"{result[key]:,}"
     kinds: dict[str, list[str]] = {}
     for name, rank in result["ranks"].items():
         kinds.setdefault(name.rpartition(".")[2], []).append("dense" if rank is None else str(rank))

@@ -33,7 +33,7 @@ def evaluate_folder(
     `on_progress(done, all)` counts photos. Raises NoUsableData where no photo belongs to a class the model
     knows.
     """
-    # metrics is numpy only, but the table of torch-free modules does not list it yet
+    # metrics has no torch either, but tests/test_imports.py does not list it as torch-free: hence imported late
     from wasi_edge.metrics import confusion_matrix, scores
 
     say = on_message or (lambda text: None)

@@ -1,0 +1,242 @@
+"""The pieces of training against obvious twins: head, loss, Adam, the factors' update, checkpoints, schedule."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from models import TINY, random_vit
+
+from wasi_edge.errors import WasiEdgeError
+from wasi_edge.layers.saving import Keep
+from wasi_edge.training.adam import Adam
+from wasi_edge.training.checkpoint import latest_checkpoint, save_checkpoint
+from wasi_edge.training.factor_update import FactorUpdate, polar_factor
+from wasi_edge.training.head import FeatureStatistics, fit_head, merge_statistics
+from wasi_edge.training.loop import schedule
+from wasi_edge.training.loss import cross_entropy
+from wasi_edge.training.trainer import Recipe, WasiTrainer
+
+RECIPE = Recipe(1e-3, 1e-3, 1e-3, 0.01, 1.0, 0.1, 4)
+
+
+def clusters(per_class=40, width=12, spread=0.4, classes=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, width, generator=generator)
+    labels = torch.arange(classes).repeat(per_class)
+    return centres[labels] + spread * torch.randn(len(labels), width, generator=generator), labels
+
+
+def test_head_recognises_clusters_and_its_probabilities_are_sane():
+    features, labels = clusters()
+    head = fit_head(features, labels, 3)
+    fresh, truth = clusters(seed=0, per_class=30)
+    logits = fresh @ head.weight.t() + head.bias
+    assert float((logits.argmax(1) == truth).float().mean()) > 0.95
+    assert float(torch.nn.functional.cross_entropy(logits, truth)) < 0.5
+
+
+def test_head_of_few_photos_is_not_infinitely_sharp():
+    features, labels = clusters(per_class=3, width=200, spread=0.1)
+    head = fit_head(features, labels, 3)
+    assert float((features @ head.weight.t() + head.bias).abs().max()) < 30
+
+
+def test_a_rare_class_is_not_drowned():
+    features, labels = clusters(per_class=60, spread=0.9)
+    rare = torch.cat([(labels != 2).nonzero().flatten(), (labels == 2).nonzero().flatten()[:5]])
+    head = fit_head(features[rare], labels[rare], 3)
+    logits = features @ head.weight.t() + head.bias
+    recall = (logits.argmax(1)[labels == 2] == 2).float().mean()
+    assert float(recall) > 0.6
+
+
+def test_head_keeps_a_class_that_has_statistics_but_no_photos():
+    features, labels = clusters()
+    earlier = FeatureStatistics.of(features, labels, 3)
+    now = labels != 1
+    head = fit_head(features[now], labels[now], 3, earlier)
+    logits = features @ head.weight.t() + head.bias
+    for label in range(3):
+        assert float((logits.argmax(1)[labels == label] == label).float().mean()) > 0.9
+
+
+def test_merging_statistics_leaves_classes_with_photos_alone():
+    features, labels = clusters()
+    earlier = FeatureStatistics.of(features, labels, 3)
+    now = FeatureStatistics.of(features[labels != 1], labels[labels != 1], 3)
+    merged = merge_statistics(now, earlier)
+    assert torch.equal(merged.sums[0], now.sums[0])
+    assert float(merged.counts[1]) > 0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_and_gradient_equal_torch(smoothing):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    labels, weight = torch.tensor([0, 1, 2, 3, 0]), torch.rand(5, generator=generator, dtype=torch.float64)
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    (expected * weight).sum().div(8).backward()
+    loss = cross_entropy(logits.detach(), labels, weight, 8, smoothing)
+    assert abs(loss.value - float((expected * weight).sum())) < 1e-12
+    assert float((loss.dlogits - logits.grad).abs().max()) < 1e-15
+
+
+def test_a_class_without_photos_gets_no_gradient():
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    active = torch.tensor([True, False, True, True])
+    loss = cross_entropy(logits, torch.tensor([0, 2, 3]), torch.ones(3), 3, 0.1, active)
+    assert bool((loss.dlogits[:, 1] == 0).all()) and bool(loss.dlogits.isfinite().all())
+    assert abs(float(loss.dlogits.sum())) < 1e-6
+
+
+def test_adam_equals_torch_over_several_steps():
+    value = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    twin = value.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([twin], lr=0.01, weight_decay=0.1)
+    adam = Adam()
+    for step in range(1, 6):
+        gradient = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        twin.grad = gradient.clone()
+        optimizer.step()
+        adam.update("w", value, gradient.clone(), 0.01, step, decay=0.1)
+        assert float((value - twin.detach()).abs().max()) < 1e-14
+
+
+def test_polar_factor_has_unit_singular_values_and_survives_zero():
+    matrix = torch.randn(30, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    assert float((polar_factor(matrix) - left @ right).abs().max()) < 5e-3  # the floor shortens weak directions
+    assert float(polar_factor(torch.zeros(4, 2)).abs().max()) == 0
+
+
+def trainer_of(seed=0, keep=Keep.FULL):
+    model = random_vit(dtype=torch.float32, seed=seed)
+    return WasiTrainer(model, RECIPE, [keep] * TINY.depth, 4, seed)
+
+
+def one_step(trainer, step, micro=2):
+    generator = torch.Generator().manual_seed(100 + step)
+    pixels = torch.randn(4, 3, 16, 16, generator=generator)
+    labels = torch.randint(0, 3, (4,), generator=generator)
+    for first in range(0, 4, micro):
+        part = slice(first, first + micro)
+        trainer.micro_batch(pixels[part], labels[part], torch.ones(micro), first == 0, 4)
+    return trainer.apply(step, 1.0)
+
+
+def test_the_weight_moves_by_one_exact_wsi_step_of_the_dense_rule():
+    trainer = trainer_of()
+    linear = trainer.model.linears()["blocks.0.fc1"]
+    before = (linear.params["left"] @ linear.params["right"]).double()
+    projected = torch.randn(linear.shape[0], 4, generator=torch.Generator().manual_seed(1))
+    rule = FactorUpdate({"x": linear}, 0.0)
+    eta = 0.05 * float(before.norm())
+    target = before - eta * polar_factor(projected.double() * 0.1) @ linear.basis.double().t()
+    rule.update("x", projected.clone(), 0.05, 1)
+    after = (linear.params["left"] @ linear.params["right"]).double()
+    rank = linear.params["left"].shape[1]
+    u, s, v = torch.linalg.svd(target, full_matrices=False)
+    best = (u[:, :rank] * s[:rank]) @ v[:rank]
+    moved, ideal = (after - before).norm(), (best - before).norm()
+    assert 0.5 < float(moved / ideal) < 1.5
+    # one warm-started iteration: close to the best truncation, at any rate closer than not moving
+    assert float((after - target).norm()) < 1.2 * float((best - target).norm()) + 1e-3
+
+
+@pytest.mark.parametrize("keep", list(Keep))
+def test_training_lowers_the_loss(keep):
+    trainer = trainer_of(keep=keep)
+    pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+    labels = torch.tensor([0, 1, 2, 0])
+    losses = []
+    for step in range(1, 31):
+        losses.append(trainer.micro_batch(pixels, labels, torch.ones(4), True, 4).value)
+        trainer.apply(step, 1.0)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_state_restores_a_run_to_the_bit(tmp_path):
+    straight = trainer_of()
+    for step in range(1, 6):
+        one_step(straight, step)
+    begun = trainer_of()
+    for step in range(1, 3):
+        one_step(begun, step)
+    save_checkpoint(tmp_path, 2, begun.state(), {"step": 2})
+    resumed = trainer_of(seed=5)
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.progress == {"step": 2}
+    resumed.load_state(checkpoint.tensors())
+    for step in range(3, 6):
+        one_step(resumed, step)
+    for name, value in straight.state().items():
+        assert torch.equal(value, resumed.state()[name]), name
+
+
+def test_an_abandoned_step_leaves_no_trace():
+    straight, stopped = trainer_of(), trainer_of()
+    one_step(straight, 1)
+    one_step(stopped, 1)
+    stopped.micro_batch(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]), torch.ones(2), True, 4)
+    stopped.abandon()
+    one_step(straight, 2)
+    one_step(stopped, 2)
+    for name, value in straight.state().items():
+        assert torch.equal(value, stopped.state()[name]), name
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_with_a_remedy():
+    trainer = trainer_of()
+    trainer.model.norm.params["weight"].fill_(float("inf"))
+    trainer.micro_batch(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]), torch.ones(2), True, 2)
+    with pytest.raises(WasiEdgeError, match="--lr"):
+        trainer.apply(1, 1.0)
+
+
+def test_micro_batches_add_up_to_the_batch():
+    whole, parts = trainer_of(), trainer_of()
+    # the basis is refreshed from the first micro-batch, so only the dense parameters' gradients are comparable
+    norms = [one_step(whole, 1, micro=4), one_step(parts, 1, micro=1)]
+    assert abs(norms[0] - norms[1]) < 0.2 * norms[0]
+    name = "norm.bias"
+    assert torch.allclose(whole.parameters()[name], parts.parameters()[name], atol=1e-5)
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path):
+    save_checkpoint(tmp_path, 1, {"a": torch.ones(3)}, {"n": 1})
+    newest = save_checkpoint(tmp_path, 2, {"a": torch.zeros(3)}, {"n": 2})
+    with open(newest / "state.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    found = latest_checkpoint(tmp_path)
+    assert found is not None and found.step == 1
+
+
+def test_an_unfinished_checkpoint_does_not_count(tmp_path):
+    save_checkpoint(tmp_path, 1, {"a": torch.ones(3)}, {"n": 1})
+    folder = save_checkpoint(tmp_path, 2, {"a": torch.ones(3)}, {"n": 2})
+    (folder / "manifest.json").unlink()
+    found = latest_checkpoint(tmp_path)
+    assert found is not None and found.step == 1
+
+
+def test_only_two_checkpoints_are_kept(tmp_path):
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, step, {"a": torch.ones(1)}, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
+    assert json.loads((tmp_path / "step-00000005" / "manifest.json").read_text())["step"] == 5
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(WasiEdgeError, match="free disk"):
+        save_checkpoint(tmp_path, 1, {"a": torch.ones(3)}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_schedule_warms_up_and_ends_near_zero():
+    values = [schedule(step, 100) for step in range(1, 101)]
+    assert values[0] < 0.2 and max(values) > 0.9 and 0 <= values[-1] < 0.01
+    assert values.index(max(values)) in range(8, 12)
