@@ -140,3 +140,20 @@ def twelve_megapixels(kind: str, path: Path) -> Path:
         case _:
             raise ValueError(kind)
     return path
+
+
+def hostile_folder(root: Path) -> Path:
+    """Add every difficult file to the first class folder below `root`: the unreadable ones and the merely unusual."""
+    folder = sorted(path for path in root.iterdir() if path.is_dir())[0]
+    for name, make in UNREADABLE.items():
+        make(folder / name)
+    for kind, suffix in (("cmyk", "jpg"), ("png", "png"), ("png16", "png"), ("webp", "webp")):
+        twelve_megapixels(kind, folder / f"twelve-{kind}.{suffix}")
+    broken_exif(folder / "broken-exif.jpg")
+    palette = scene(3).convert("P")
+    palette.info["transparency"] = 0
+    palette.save(folder / "palette.png", transparency=0)
+    save_jpeg(folder / "grüße-写真.jpg", scene(4))
+    for foreign in ("._apple.jpg", "Thumbs.db"):
+        (folder / foreign).write_bytes(b"not a photo")
+    return root

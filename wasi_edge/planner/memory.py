@@ -130,6 +130,7 @@ def training_items(load: Workload, micro_batch: int, recomputed_blocks: int) -> 
     kept = kept_blocks * saved_bytes_per_token(load, compact=True)
     if recomputed_blocks:
         kept += recomputed_blocks * FLOAT * geometry.width + saved_bytes_per_token(load, compact=False)
+    at_work = tokens * shared_bytes_per_token(load) + (chunk_bytes(load, tokens) if kept_blocks else 0)
     photos = micro_batch * (load.augment_photo_bytes * 2 + 3 * load.image_size**2 * (FLOAT + 1))
     items = [
         Item("weights (factors)", linears * FLOAT),
@@ -137,7 +138,7 @@ def training_items(load: Workload, micro_batch: int, recomputed_blocks: int) -> 
         Item("gradients (P, U, dense parameters)", (small_gradients + others) * FLOAT),
         Item("optimiser state (momentum, Gram matrices, moments)", update_state_bytes(load) + others * 2 * FLOAT),
         Item("kept for the backward pass", int(tokens * kept)),
-        Item("buffers of the layer at work", tokens * shared_bytes_per_token(load) + chunk_bytes(load, tokens)),
+        Item("buffers of the layer at work", at_work),
         Item("photos of a micro-batch", photos),
     ]
     return _with_slack(items)
