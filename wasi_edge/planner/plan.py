@@ -111,10 +111,11 @@ def candidates(load: Workload, work: Work, base_bytes: int, speed: Speed) -> Ite
     num_photos = work.num_train + work.num_val
     if load.method == "head":
         for size in MICRO_BATCHES:
+            if size > EVALUATION_BATCH:
+                continue
             head = head_items(load, size, num_photos)
             yield _plan(load, work, base_bytes, speed, size, 0, head, head)
         return
-    head = head_items(load, EVALUATION_BATCH, num_photos)
     items_of: Callable[[int, int], list[Item]]
     if load.method == "vanilla":
         recomputations: range | tuple[int, ...] = (0,)
@@ -125,11 +126,9 @@ def candidates(load: Workload, work: Work, base_bytes: int, speed: Speed) -> Ite
     for size in MICRO_BATCHES:
         if size > work.batch:
             continue
-        small_head = head_items(load, min(size, EVALUATION_BATCH), num_photos)
+        head = head_items(load, min(size, EVALUATION_BATCH), num_photos)
         for again in recomputations:
-            yield _plan(
-                load, work, base_bytes, speed, size, again, items_of(size, again), min(head, small_head, key=total)
-            )
+            yield _plan(load, work, base_bytes, speed, size, again, items_of(size, again), head)
 
 
 def _plan(
@@ -150,10 +149,11 @@ def _plan(
     steps = work.epochs * math.ceil(work.num_train / work.batch)
     overhead = (1 + MICRO_BATCH_OVERHEAD / micro_batch) / (1 + MICRO_BATCH_OVERHEAD / 4)
     slowdown = overhead * (1 + RECOMPUTE_COST * recomputed / load.geometry.depth)
-    seconds = (work.num_train + work.num_val) * (speed.decode_seconds + speed.infer_seconds)
+    infer_seconds = speed.infer_seconds * (1 + MICRO_BATCH_OVERHEAD / micro_batch) / (1 + MICRO_BATCH_OVERHEAD / 4)
+    seconds = (work.num_train + work.num_val) * (speed.decode_seconds + infer_seconds)
     if load.method != "head":
-        seconds += work.epochs * (work.num_train * speed.train_seconds * slowdown + work.num_val * speed.infer_seconds)
-        seconds += steps * speed.update_seconds + work.num_train * speed.infer_seconds
+        seconds += work.epochs * (work.num_train * speed.train_seconds * slowdown + work.num_val * infer_seconds)
+        seconds += steps * speed.update_seconds + work.num_train * infer_seconds
     base = Item("interpreter and libraries (measured)", base_bytes)
     return Plan(
         method=load.method,

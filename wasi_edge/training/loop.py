@@ -23,7 +23,6 @@ from wasi_edge.training.request import Events
 from wasi_edge.training.trainer import Trainer
 
 WARM_UP_SHARE = 0.1
-EVALUATION_BATCH = 8
 
 
 @dataclass
@@ -102,8 +101,8 @@ def validate(trainer: Trainer, photos: PhotoSet, events: Events | None = None, n
     if events is not None:
         events.stage(name, len(photos))
     parts = []
-    for first in range(0, len(photos), EVALUATION_BATCH):
-        chosen = range(first, min(first + EVALUATION_BATCH, len(photos)))
+    for first in range(0, len(photos), photos.batch):
+        chosen = range(first, min(first + photos.batch, len(photos)))
         parts.append(trainer.logits(photos.pixels(chosen)).clone())
         if events is not None:
             events.advance(chosen[-1] + 1)

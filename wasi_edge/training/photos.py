@@ -16,13 +16,17 @@ from wasi_edge.preprocess import Preprocessing, center_view, normalise
 
 @dataclass(frozen=True)
 class PhotoSet:
-    """One side of the split. `indices` into the cache, `labels` (n,) int64, `weight` (n,) of each photo in the loss."""
+    """One side of the split. `indices` into the cache, `labels` (n,) int64, `weight` (n,) of each photo in the loss.
+
+    `batch`: photos at a time where nothing is trained. The plan counts on it: buffers never shrink again.
+    """
 
     cache: PhotoCache
     indices: np.ndarray
     labels: Tensor
     weight: Tensor
     preprocessing: Preprocessing
+    batch: int
 
     def __len__(self) -> int:
         return len(self.indices)

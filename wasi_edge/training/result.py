@@ -15,7 +15,7 @@ from wasi_edge.metrics import confusion_matrix, scores
 from wasi_edge.report.html import ReportPhoto, render_finetune_report, write_report
 from wasi_edge.tensorfile import TensorFile, TensorWriter, write_json_atomic
 from wasi_edge.training.head import FeatureStatistics, merge_statistics
-from wasi_edge.training.loop import EVALUATION_BATCH, Validation
+from wasi_edge.training.loop import Validation
 from wasi_edge.training.photos import PhotoSet
 from wasi_edge.training.trainer import Trainer
 
@@ -111,8 +111,8 @@ def load_statistics(folder: Path, num_classes: int, width: int) -> tuple[Feature
 def features_of(trainer: Trainer, photos: PhotoSet, positions: Sequence[int], on_done: Any = None) -> Tensor:
     """Features (n, F) of the centre views at `positions`."""
     parts = []
-    for first in range(0, len(positions), EVALUATION_BATCH):
-        chosen = positions[first : first + EVALUATION_BATCH]
+    for first in range(0, len(positions), photos.batch):
+        chosen = positions[first : first + photos.batch]
         parts.append(trainer.features(photos.pixels(chosen)).clone())
         if on_done is not None:
             on_done(first + len(chosen))

@@ -18,6 +18,7 @@ from wasi_edge.data.cache import PhotoCache
 from wasi_edge.data.split import near_duplicate_groups, split
 from wasi_edge.errors import Interrupted, NoUsableData
 from wasi_edge.memory.process import MemoryWatch
+from wasi_edge.planner.plan import EVALUATION_BATCH
 from wasi_edge.tensorfile import write_json_atomic
 from wasi_edge.training import defaults, result, setup
 from wasi_edge.training.checkpoint import Checkpoint, drop_checkpoints, latest_checkpoint, save_checkpoint
@@ -269,6 +270,7 @@ class Session:
             torch.tensor(labels, dtype=torch.int64),
             weight,
             self._prepared.model.preprocessing,
+            min(self._prepared.plan.micro_batch, EVALUATION_BATCH),
         )
 
     def _active_classes(self) -> Tensor | None:
