@@ -183,13 +183,17 @@ def test_no_plan_exceeds_its_budget_and_a_larger_budget_is_never_slower(name):
 
 
 @pytest.mark.parametrize("name", [name for name in LOADS if LOADS[name].method != "head"])
-def test_a_smaller_budget_recomputes_more_or_takes_fewer_photos_at_once(name):
+def test_a_smaller_budget_recomputes_more_takes_fewer_photos_or_rebuilds_grams(name):
     plans = [plan for _, plan in plans_by_budget(name)]
     changes = 0
     for tight, wide in itertools.pairwise(plans):
         if tight != wide:
             changes += 1
-            assert tight.micro_batch < wide.micro_batch or tight.recomputed_blocks > wide.recomputed_blocks
+            assert (
+                tight.micro_batch < wide.micro_batch
+                or tight.recomputed_blocks > wide.recomputed_blocks
+                or tight.carried_grams < wide.carried_grams
+            )
             assert tight.peak_bytes < wide.peak_bytes
     assert changes > 0
     assert plans[0].micro_batch == 1
@@ -226,7 +230,8 @@ def test_a_head_takes_no_steps_and_less_of_everything_than_training():
     head = choose_plan(LOADS["vit-s head"], WORK, BASE, 4096 * MB, SPEED)
     assert (head.method, head.epochs, head.accumulation, head.recomputed_blocks) == ("head", 0, 1, 0)
     assert head.seconds < choose_plan(LOADS["vit-s"], WORK, BASE, 4096 * MB, SPEED).seconds / 4
-    assert smallest_feasible(LOADS["vit-s head"]) < smallest_feasible(LOADS["vit-s"])
+    # the closed-form fit is a phase of both, and may be the larger one of a run with micro-batches of one photo
+    assert smallest_feasible(LOADS["vit-s head"]) <= smallest_feasible(LOADS["vit-s"])
 
 
 def test_vanilla_never_recomputes_and_needs_far_more_than_factors():

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from wasi_edge.models.geometry import ViTGeometry
 
 FLOAT = 4
+# photos whose features the ridge fit holds in float64 (`training/head.py`)
+HEAD_ROWS = 128
 # Rounding of every buffer to pages, Python objects, and what malloc loses between blocks.
 HEAP_SLACK_BYTES = 6 * 2**20
 HEAP_SLACK_SHARE = 0.03
@@ -75,12 +77,17 @@ def largest_linear_bytes(load: Workload) -> int:
     return max(out * inner for out, inner in load.geometry.linear_shapes().values()) * FLOAT
 
 
-def update_state_bytes(load: Workload) -> int:
-    """State of the rule that updates the factors: momentum (O, r) and its basis (I, r), two float64 (K, K) a linear."""
-    state = 0
+def update_state_bytes(load: Workload, carried_grams: bool = True) -> int:
+    """State of the rule that updates the factors: momentum (O, r) and its basis (I, r), two float64 (K, K) a linear.
+
+    Without `carried_grams` only those of the linear at work exist.
+    """
+    largest = max((rank or 0) ** 2 for rank in load.ranks.values()) * 4 * FLOAT
+    state = 0 if carried_grams else largest
     for name, (out, inner) in load.geometry.linear_shapes().items():
         state += (out + inner) * min(load.gradient_rank, inner) * FLOAT
-        state += 2 * (load.ranks[name] or 0) ** 2 * 2 * FLOAT
+        if carried_grams:
+            state += 2 * (load.ranks[name] or 0) ** 2 * 2 * FLOAT
     return state
 
 
@@ -117,7 +124,7 @@ def chunk_bytes(load: Workload, tokens: int) -> int:
     return FLOAT * min(tokens, GELU_ROWS) * load.geometry.mlp_width
 
 
-def training_items(load: Workload, micro_batch: int, recomputed_blocks: int) -> list[Item]:
+def training_items(load: Workload, micro_batch: int, recomputed_blocks: int, carried_grams: bool = True) -> list[Item]:
     """Memory of a run of `wasi` beyond the base, item by item."""
     geometry = load.geometry
     linears, others = weight_counts(load)
@@ -136,7 +143,10 @@ def training_items(load: Workload, micro_batch: int, recomputed_blocks: int) -> 
         Item("weights (factors)", linears * FLOAT),
         Item("weights (norms, biases, embeddings, head)", others * FLOAT),
         Item("gradients (P, U, dense parameters)", (small_gradients + others) * FLOAT),
-        Item("optimiser state (momentum, Gram matrices, moments)", update_state_bytes(load) + others * 2 * FLOAT),
+        Item(
+            "optimiser state (momentum, Gram matrices, moments)",
+            update_state_bytes(load, carried_grams) + others * 2 * FLOAT,
+        ),
         Item("kept for the backward pass", int(tokens * kept)),
         Item("buffers of the layer at work", at_work),
         Item("photos of a micro-batch", photos),
@@ -163,13 +173,16 @@ def vanilla_items(load: Workload, micro_batch: int) -> list[Item]:
     return _with_slack(items)
 
 
-def head_items(load: Workload, micro_batch: int, num_photos: int) -> list[Item]:
+def head_items(load: Workload, micro_batch: int, num_photos: int, carried_grams: bool = False) -> list[Item]:
     """Memory of a run of `head` beyond the base: weights, one forward pass, and the features' statistics."""
     linears, others = weight_counts(load)
     tokens = micro_batch * load.tokens
+    # the trainer exists by then
+    grams = update_state_bytes(load, True) - update_state_bytes(load, False) if carried_grams else 0
     items = [
         Item("weights", (linears + others) * FLOAT),
         Item("buffers of the layer at work", tokens * forward_bytes_per_token(load)),
+        Item("Gram matrices of the factors, if carried", grams),
         Item("features and the closed-form fit", head_fit_bytes(load, num_photos)),
         Item("photos of a micro-batch", micro_batch * (2 * load.augment_photo_bytes + 15 * load.image_size**2)),
     ]
@@ -177,9 +190,10 @@ def head_items(load: Workload, micro_batch: int, num_photos: int) -> list[Item]:
 
 
 def head_fit_bytes(load: Workload, num_photos: int) -> int:
-    """Features of all photos and the float64 matrices of the ridge fit."""
+    """Features of all photos and the float64 matrices of the ridge fit, which takes a few photos at a time."""
     width = load.geometry.feature_width
-    return num_photos * (width * (FLOAT + 3 * 8) + load.num_classes * 5 * 8) + 6 * width * width * 8
+    kept = num_photos * (width * FLOAT + load.num_classes * 12 * 8)
+    return kept + HEAD_ROWS * width * 3 * 8 + 6 * width * width * 8
 
 
 def total(items: list[Item]) -> int:

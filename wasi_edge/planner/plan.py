@@ -8,7 +8,7 @@ gradient steps. Decoding adapts itself to what is left of the budget; the other 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from wasi_edge.errors import BudgetInfeasible
@@ -28,6 +28,8 @@ MICRO_BATCHES = (16, 12, 8, 6, 4, 3, 2, 1)
 RECOMPUTE_COST = 0.30
 # Per-call overhead of a micro-batch, in units of the time of one photo; measured in notes/LOG.md.
 MICRO_BATCH_OVERHEAD = 0.25
+# An update that rebuilds the Gram matrices of the factors instead of carrying them.
+REBUILD_COST = 1.7
 EVALUATION_BATCH = 8
 
 
@@ -63,6 +65,7 @@ class Plan:
     micro_batch: int
     accumulation: int
     recomputed_blocks: int
+    carried_grams: bool
     gradient_rank: int
     epochs: int
     peak_bytes: int
@@ -78,6 +81,7 @@ class Plan:
             "accumulation": self.accumulation,
             "keep": "compact" if self.method == "wasi" else "everything" if self.method == "vanilla" else "nothing",
             "recomputed_blocks": self.recomputed_blocks,
+            "carried_grams": self.carried_grams,
             "gradient_rank": self.gradient_rank,
             "epochs": self.epochs,
             "memory": [{"item": item.item, "bytes": item.bytes} for item in self.items],
@@ -116,19 +120,19 @@ def candidates(load: Workload, work: Work, base_bytes: int, speed: Speed) -> Ite
             head = head_items(load, size, num_photos)
             yield _plan(load, work, base_bytes, speed, size, 0, head, head)
         return
-    items_of: Callable[[int, int], list[Item]]
-    if load.method == "vanilla":
-        recomputations: range | tuple[int, ...] = (0,)
-        items_of = lambda size, _: vanilla_items(load, size)  # noqa: E731
-    else:
-        recomputations = range(load.geometry.depth + 1)
-        items_of = lambda size, again: training_items(load, size, again)  # noqa: E731
     for size in MICRO_BATCHES:
         if size > work.batch:
             continue
-        head = head_items(load, min(size, EVALUATION_BATCH), num_photos)
-        for again in recomputations:
-            yield _plan(load, work, base_bytes, speed, size, again, items_of(size, again), head)
+        evaluated = min(size, EVALUATION_BATCH)
+        if load.method == "vanilla":
+            head = head_items(load, evaluated, num_photos)
+            yield _plan(load, work, base_bytes, speed, size, 0, vanilla_items(load, size), head)
+            continue
+        for again in range(load.geometry.depth + 1):
+            for carried in (True, False):
+                head = head_items(load, evaluated, num_photos, carried)
+                items = training_items(load, size, again, carried)
+                yield _plan(load, work, base_bytes, speed, size, again, items, head, carried)
 
 
 def _plan(
@@ -140,6 +144,7 @@ def _plan(
     recomputed: int,
     train: list[Item],
     head: list[Item],
+    carried_grams: bool = True,
 ) -> Plan:
     items = max(train, head, key=total)
     if load.method != "head" and load.ranks and any(rank is None for rank in load.ranks.values()):
@@ -153,7 +158,9 @@ def _plan(
     seconds = (work.num_train + work.num_val) * (speed.decode_seconds + infer_seconds)
     if load.method != "head":
         seconds += work.epochs * (work.num_train * speed.train_seconds * slowdown + work.num_val * infer_seconds)
-        seconds += steps * speed.update_seconds + work.num_train * infer_seconds
+        seconds += (
+            steps * speed.update_seconds * (1.0 if carried_grams else REBUILD_COST) + work.num_train * infer_seconds
+        )
     base = Item("interpreter and libraries (measured)", base_bytes)
     return Plan(
         method=load.method,
@@ -161,6 +168,7 @@ def _plan(
         micro_batch=micro_batch,
         accumulation=accumulation if load.method != "head" else 1,
         recomputed_blocks=recomputed,
+        carried_grams=carried_grams,
         gradient_rank=load.gradient_rank,
         epochs=work.epochs if load.method != "head" else 0,
         peak_bytes=base_bytes + total(items),

@@ -28,6 +28,7 @@ from wasi_edge.subspace.weight import (
     needs_orthonormalising,
     orthonormal_pair,
     update_weight,
+    weight_factors,
 )
 
 MOMENTUM = 0.9
@@ -37,10 +38,14 @@ ORTHONORMALISE_EVERY = 50
 
 
 class FactorUpdate:
-    """The state of all low-rank linears: momentum, its basis, and the Gram matrices of the factors."""
+    """The state of all low-rank linears: momentum, its basis, and the Gram matrices of the factors.
 
-    def __init__(self, linears: Mapping[str, WasiLinear], weight_decay: float) -> None:
+    `carry_grams` False rebuilds the Gram matrices at every step instead of holding them: less memory, more time.
+    """
+
+    def __init__(self, linears: Mapping[str, WasiLinear], weight_decay: float, carry_grams: bool = True) -> None:
         self._linears = dict(linears)
+        self._carry_grams = carry_grams
         self._weight_decay = weight_decay
         self._factors: dict[str, WeightFactors] = {}
         self._momentum: dict[str, Tensor] = {}
@@ -57,7 +62,9 @@ class FactorUpdate:
             carried = momentum_to_new_basis(self._momentum[name], self._basis[name], basis)
             momentum.add_(carried, alpha=MOMENTUM)
         self._momentum[name], self._basis[name] = momentum, basis
-        factors = self._factors[name]
+        params = self._linears[name].params
+        carried_factors = self._factors.get(name)
+        factors = carried_factors or weight_factors(params["left"], params["right"])
         size = float(factors.left_gram.mul(factors.right_gram).sum().clamp_min(0).sqrt())  # ||L R||_F
         update_weight(factors, polar_factor(momentum), basis, learning_rate * size, self._weight_decay)
         if step % ORTHONORMALISE_EVERY == 0 or needs_orthonormalising(factors):
@@ -66,9 +73,10 @@ class FactorUpdate:
     def state(self) -> dict[str, Tensor]:
         """Momentum, basis and Gram matrices as `<kind>.<linear>`."""
         named: dict[str, Tensor] = {}
-        for name, factors in self._factors.items():
-            named[f"left_gram.{name}"] = factors.left_gram
-            named[f"right_gram.{name}"] = factors.right_gram
+        for name in self._linears:
+            if name in self._factors:
+                named[f"left_gram.{name}"] = self._factors[name].left_gram
+                named[f"right_gram.{name}"] = self._factors[name].right_gram
             if name in self._momentum:
                 named[f"momentum.{name}"] = self._momentum[name]
                 named[f"basis.{name}"] = self._basis[name]
@@ -90,7 +98,8 @@ class FactorUpdate:
         pair = orthonormal_pair(params["left"], params["right"])
         params["left"].copy_(pair.left)
         params["right"].copy_(pair.right)
-        self._factors[name] = WeightFactors(params["left"], params["right"], pair.left_gram, pair.right_gram)
+        if self._carry_grams:
+            self._factors[name] = WeightFactors(params["left"], params["right"], pair.left_gram, pair.right_gram)
 
 
 def polar_factor(matrix: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 _SMOOTHING = 0.1
-_CHUNK = 512  # photos whose features are held in float64 at a time
+_CHUNK = 128  # photos whose features are held in float64 at a time
 _PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 
 

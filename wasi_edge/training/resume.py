@@ -64,6 +64,7 @@ def recorded_plan(prepared: Prepared, events: Events) -> tuple[Prepared, bool]:
         micro_batch=stored["micro_batch"],
         accumulation=stored["accumulation"],
         recomputed_blocks=stored["recomputed_blocks"],
+        carried_grams=stored["carried_grams"],
         gradient_rank=stored["gradient_rank"],
         epochs=stored["epochs"],
         peak_bytes=sum(item.bytes for item in items),

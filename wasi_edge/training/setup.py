@@ -76,7 +76,7 @@ def build_trainer(prepared: Prepared, model_folder: Path, active: Tensor | None)
     # the blocks at the end are recomputed first: theirs is the shortest way back
     kept = prepared.model.geometry.depth - plan.recomputed_blocks
     keeps = [Keep.COMPACT] * kept + [Keep.RECOMPUTE] * plan.recomputed_blocks
-    return WasiTrainer(model, recipe_of(prepared), keeps, plan.gradient_rank, request.seed, active)
+    return WasiTrainer(model, recipe_of(prepared), keeps, plan.gradient_rank, request.seed, active, plan.carried_grams)
 
 
 def earlier_head(config: ModelConfig, folder: Path) -> tuple[Tensor, Tensor]:

@@ -123,6 +123,7 @@ class WasiTrainer(FrozenTrainer):
         gradient_rank: int,
         seed: int,
         active: Tensor | None = None,
+        carry_grams: bool = True,
     ) -> None:
         super().__init__(model)
         self.recipe, self.keeps, self.active = recipe, list(keeps), active
@@ -136,7 +137,7 @@ class WasiTrainer(FrozenTrainer):
                 raise WasiEdgeError(f"{name} is dense: it has to be factored before it can be trained with wasi")
             linear.start_training(gradient_rank, model.tokens, generator)
             self._linears[name] = linear
-        self._factors = FactorUpdate(self._linears, recipe.weight_decay)
+        self._factors = FactorUpdate(self._linears, recipe.weight_decay, carry_grams)
 
     def micro_batch(self, pixels: Tensor, labels: Tensor, weight: Tensor, first: bool, batch: int) -> Loss:
         if first:
