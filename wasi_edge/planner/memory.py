@@ -7,6 +7,7 @@ block and token is the table in `layers/block.py`; `tests/test_planner.py` compa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -60,9 +61,7 @@ def weight_counts(load: Workload) -> tuple[int, int]:
     shapes = load.geometry.tensor_shapes(load.ranks, load.num_classes)
     linears = others = 0
     for name, shape in shapes.items():
-        count = 1
-        for size in shape:
-            count *= size
+        count = math.prod(shape)
         if name == "position":
             count = load.tokens * load.geometry.width
         if name.endswith((".left", ".right")) or (name.startswith("blocks.") and len(shape) == 2):

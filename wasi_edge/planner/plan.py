@@ -24,11 +24,11 @@ from wasi_edge.planner.memory import (
 from wasi_edge.units import format_size
 
 MICRO_BATCHES = (16, 12, 8, 6, 4, 3, 2, 1)
-# A block that is recomputed runs forward once more, fc2's product excepted; measured in notes/LOG.md.
+# A block that is recomputed runs forward once more, fc2's product excepted. An estimate, not fitted yet.
 RECOMPUTE_COST = 0.30
-# Per-call overhead of a micro-batch, in units of the time of one photo; measured in notes/LOG.md.
+# Per-call overhead of a micro-batch, in units of the time of one photo. An estimate, not fitted yet.
 MICRO_BATCH_OVERHEAD = 0.25
-# An update that rebuilds the Gram matrices of the factors instead of carrying them.
+# An update that rebuilds the Gram matrices of the factors instead of carrying them. An estimate, not fitted yet.
 REBUILD_COST = 1.7
 EVALUATION_BATCH = 8
 
@@ -154,7 +154,7 @@ def _plan(
     steps = work.epochs * math.ceil(work.num_train / work.batch)
     overhead = (1 + MICRO_BATCH_OVERHEAD / micro_batch) / (1 + MICRO_BATCH_OVERHEAD / 4)
     slowdown = overhead * (1 + RECOMPUTE_COST * recomputed / load.geometry.depth)
-    infer_seconds = speed.infer_seconds * (1 + MICRO_BATCH_OVERHEAD / micro_batch) / (1 + MICRO_BATCH_OVERHEAD / 4)
+    infer_seconds = speed.infer_seconds * overhead
     seconds = (work.num_train + work.num_val) * (speed.decode_seconds + infer_seconds)
     if load.method != "head":
         seconds += work.epochs * (work.num_train * speed.train_seconds * slowdown + work.num_val * infer_seconds)

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wasi_edge.planner.memory import HEAD_ROWS
+
 _SMOOTHING = 0.1
-_CHUNK = 128  # photos whose features are held in float64 at a time
 _PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 
 
@@ -33,7 +34,7 @@ class Head(NamedTuple):
 class FeatureStatistics:
     """Weighted sums over photos, float64: `second` (F, F) of x x^T, `sums` (C, F) of x by class, `counts` (C,).
 
-    Photos are weighted so that each class counts the same in all, times its number of photos to the power 0.
+    Photos are weighted so that each class counts the same in all.
     """
 
     second: Tensor
@@ -48,7 +49,7 @@ class FeatureStatistics:
         second = torch.zeros(width, width, dtype=torch.float64)
         sums = torch.zeros(num_classes, width, dtype=torch.float64)
         for rows, classes, share in zip(
-            features.split(_CHUNK), labels.split(_CHUNK), weight.split(_CHUNK), strict=True
+            features.split(HEAD_ROWS), labels.split(HEAD_ROWS), weight.split(HEAD_ROWS), strict=True
         ):
             x = rows.double()
             weighted = x * share[:, None]
@@ -90,7 +91,7 @@ def fit_head(features: Tensor, labels: Tensor, num_classes: int, earlier: Featur
     best: tuple[float, Tensor, Tensor] | None = None
     inverses = [1 / (eigenvalues + penalty * scale + 1e-12) for penalty in _PENALTIES]
     left_out = [torch.empty_like(targets) for _ in _PENALTIES]
-    for rows in torch.arange(len(features)).split(_CHUNK):
+    for rows in torch.arange(len(features)).split(HEAD_ROWS):
         rotated = (features[rows].double() - mean) @ vectors  # (chunk, F)
         energy = rotated.square()
         for inverse, predicted in zip(inverses, left_out, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wasi_edge.metrics import confusion_matrix, scores
 from wasi_edge.report.html import ReportPhoto, render_finetune_report, write_report
-from wasi_edge.tensorfile import TensorFile, TensorWriter, write_json_atomic
+from wasi_edge.tensorfile import TensorFile, TensorWriter, write_bytes_atomic, write_json_atomic
 from wasi_edge.training.head import FeatureStatistics, merge_statistics
 from wasi_edge.training.loop import Validation
 from wasi_edge.training.photos import PhotoSet
@@ -124,4 +124,4 @@ def write_reports(report: Mapping[str, Any], photos: list[ReportPhoto], out: Pat
     write_json_atomic(out / "report.json", dict(report))
     write_report(out / "report.html", render_finetune_report(dict(report), photos))
     lines = "".join(json.dumps(entry) + "\n" for entry in report["history"])
-    (out / "log.jsonl").write_text(lines, encoding="utf-8")
+    write_bytes_atomic(out / "log.jsonl", lines.encode())

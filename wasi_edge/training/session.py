@@ -309,6 +309,6 @@ def split_photos(prepared: Prepared, cache: PhotoCache, earlier_hashes: set[int]
     known = {groups[i] for i in range(len(cache)) if cache.hashes[i] in earlier_hashes}
     moved = [int(i) for i in val if groups[i] in known]
     kept = Counter(cache.labels[int(i)] for i in val if groups[i] not in known)
-    # a class whose held-out photos were all trained on before keeps them: a flattered figure beats none, and is said
+    # a class whose held-out photos were all trained on before keeps them: a flattered figure beats none
     moved = [i for i in moved if kept[cache.labels[i]] > 0]
     return sorted([int(i) for i in train] + moved), [int(i) for i in val if int(i) not in set(moved)]

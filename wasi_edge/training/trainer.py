@@ -29,7 +29,7 @@ class Recipe:
     """What a step does, chosen once per run.
 
     learning_rate       of the factors (wasi) or of all weights (vanilla), before the schedule
-    head_rate           of the classifier, relative to `dense_rate`
+    head_rate           of the classifier (wasi)
     dense_rate          of norms, biases, embeddings and LayerScale (wasi)
     """
 
@@ -156,11 +156,7 @@ class WasiTrainer(FrozenTrainer):
 
     def apply(self, step: int, schedule: float) -> float:
         norm = float(torch.stack([g.norm() for g in self._gradients.values()]).norm())
-        if not norm < float("inf"):
-            raise WasiEdgeError(
-                f"training diverged at step {step}: the gradient is not finite; try a smaller --lr "
-                f"(this run: {self.recipe.learning_rate:g})"
-            )
+        _refuse_divergence(norm, step, self.recipe)
         recipe = self.recipe
         clip = min(1.0, recipe.clip_norm / max(norm, 1e-12))
         for name, gradient in self._gradients.items():
@@ -261,11 +257,7 @@ class VanillaTrainer:
 
     def apply(self, step: int, schedule: float) -> float:
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm))
-        if not norm < float("inf"):
-            raise WasiEdgeError(
-                f"training diverged at step {step}: the gradient is not finite; try a smaller --lr "
-                f"(this run: {self.recipe.learning_rate:g})"
-            )
+        _refuse_divergence(norm, step, self.recipe)
         for group in self._optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * schedule
         self._optimizer.step()
@@ -294,3 +286,12 @@ class VanillaTrainer:
 
     def parameters(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+
+def _refuse_divergence(norm: float, step: int, recipe: Recipe) -> None:
+    """Raise WasiEdgeError where the norm of the gradients is not finite."""
+    if not norm < float("inf"):
+        raise WasiEdgeError(
+            f"training diverged at step {step}: the gradient is not finite; try a smaller --lr "
+            f"(this run: {recipe.learning_rate:g})"
+        )
