@@ -39,7 +39,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     folder, size = resolve_model(options.model), options.image_size
-    recipe = Recipe(1e-6, 1e-6, 1e-6, 0.0, 1.0, 0.1, BATCH)
+    recipe = Recipe(1e-6, 1e-6, 1e-6, 0.0, 1.0, 0.1)
     with open_source(folder) as source:
         geometry = source.geometry
         dense = build_vanilla(geometry, lambda name: torch.from_numpy(source.read(name)), size, CLASSES)

@@ -20,12 +20,12 @@ PACKAGE = ROOT / "wasi_edge"
 ONLY_FROM = {
     "wasi_edge.data": ("errors", "units", "preprocess"),
     "wasi_edge.memory": ("errors", "units"),
-    "wasi_edge.planner": ("models.geometry", "artefact", "memory", "errors", "units", "subspace.ranks"),
+    "wasi_edge.planner": ("chunks", "models.geometry", "artefact", "memory", "errors", "units", "subspace.ranks"),
 }
 # No torch at any level. In `inference` everything but the torch backend, which others import late.
 TORCH_FREE = (
-    "planner", "data", "memory", "artefact", "tensorfile", "preprocess", "errors", "units", "report",
-    "inference", "subspace.ranks", "models.geometry", "models.keys_",
+    "planner", "data", "memory", "artefact", "tensorfile", "preprocess", "errors", "units", "chunks", "metrics",
+    "report", "inference", "subspace.ranks", "models.geometry", "models.keys_",
 )  # fmt: skip
 TORCH_ALLOWED = ("inference.torch_backend",)
 IMPORTERS = ("importlib.import_module", "import_module", "__import__")

@@ -29,7 +29,7 @@ from wasi_edge.training.factor_update import FactorUpdate
 from wasi_edge.training.trainer import Recipe, WasiTrainer
 
 VIT_B = ViTGeometry(16, 768, 12, 12, 3072, 14, features="class")
-RECIPE = Recipe(1e-2, 1e-3, 1e-3, 0.01, 2.0, 0.1, 6)
+RECIPE = Recipe(1e-2, 1e-3, 1e-3, 0.01, 2.0, 0.1)
 # no product of two of the sizes 22, 66, 38 is the number of elements of anything else below
 ODD = ViTGeometry(patch_size=4, width=22, depth=2, heads=2, mlp_width=38, position_grid=3, layer_scale=True)
 

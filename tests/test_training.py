@@ -18,7 +18,7 @@ from wasi_edge.training.loop import schedule
 from wasi_edge.training.loss import cross_entropy
 from wasi_edge.training.trainer import Recipe, WasiTrainer
 
-RECIPE = Recipe(1e-3, 1e-3, 1e-3, 0.01, 1.0, 0.1, 4)
+RECIPE = Recipe(1e-3, 1e-3, 1e-3, 0.01, 1.0, 0.1)
 
 
 def clusters(per_class=40, width=12, spread=0.4, classes=3, seed=0):

@@ -20,6 +20,8 @@ from wasi_edge.subspace.weight import (
     momentum_to_new_basis,
     needs_orthonormalising,
     orthonormal_pair,
+    pack_grams,
+    unpack_grams,
     update_weight,
     weight_factors,
 )
@@ -354,3 +356,15 @@ def test_global_generator_is_untouched():
     factors = orthonormal_pair(*state())
     update_weight(factors, *gradient(0), 0.1, 0.1)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 7])
+def test_two_gram_matrices_share_one_and_come_back_to_the_bit(rank):
+    left = random(9, rank, seed=71)
+    right = random(rank, 11, seed=72)
+    left_gram, right_gram = (m + m.T for m in (left.T @ left, right @ right.T))
+    packed = pack_grams(left_gram, right_gram)
+    assert packed.shape == (rank, rank + 1)
+    assert all(torch.equal(*pair) for pair in zip(unpack_grams(packed), (left_gram, right_gram), strict=True))
+    again = pack_grams(2 * left_gram, 3 * right_gram, out=packed)
+    assert again is packed and torch.equal(unpack_grams(packed)[1], 3 * right_gram)

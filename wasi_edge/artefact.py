@@ -12,6 +12,7 @@ power cut in between leaves a folder without a model, never old labels on new we
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -225,6 +226,7 @@ def write_artefact(folder: str | Path, config: ModelConfig) -> Iterator[TensorWr
     ArtefactError if the tensors added are not those of the configuration.
     """
     folder = Path(folder)
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -232,15 +234,21 @@ def write_artefact(folder: str | Path, config: ModelConfig) -> Iterator[TensorWr
     sweep_orphans(folder)
     values = config.to_dict()
     config_path = folder / CONFIG_NAME
-    with TensorWriter(folder / TENSORS_NAME, {"format": "wasi-edge"}) as writer:
-        yield writer
-        _check_tensors(config, writer.shapes, writer.path)
-        previous = _peek(folder)
-        # Compared as JSON values, for a tuple in memory is a list on disk.
-        meaning = json.loads(json.dumps({key: values[key] for key in _MEANING}))
-        if any(previous.get(key) != meaning[key] for key in _MEANING):
-            config_path.unlink(missing_ok=True)
-    write_json_atomic(config_path, values)
+    try:
+        with TensorWriter(folder / TENSORS_NAME, {"format": "wasi-edge"}) as writer:
+            yield writer
+            _check_tensors(config, writer.shapes, writer.path)
+            previous = _peek(folder)
+            # Compared as JSON values, for a tuple in memory is a list on disk.
+            meaning = json.loads(json.dumps({key: values[key] for key in _MEANING}))
+            if any(previous.get(key) != meaning[key] for key in _MEANING):
+                config_path.unlink(missing_ok=True)
+        write_json_atomic(config_path, values)
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):  # not empty: something else is there
+                folder.rmdir()
+        raise
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

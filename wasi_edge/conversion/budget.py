@@ -10,6 +10,7 @@ float16 (twice for a moment, when they are joined). Measured beside it, MB: ViT-
 
 from __future__ import annotations
 
+from wasi_edge.chunks import CONVERSION_PHOTOS, WIDE_INPUT
 from wasi_edge.errors import BudgetInfeasible
 from wasi_edge.models.geometry import ViTGeometry
 from wasi_edge.units import format_size
@@ -19,8 +20,6 @@ SLACK_BYTES = 8 * 2**20
 DECODE_BYTES = 32 * 2**20  # a JPEG of any camera; larger pictures are passed over where it gets tight
 MOST_PHOTOS = 512
 FEWEST_PHOTOS = 16
-_CHUNK_PHOTOS = 8
-_WIDE = 1024
 
 
 def calibration_photos(geometry: ViTGeometry, image_size: int, available: int, budget_bytes: int) -> int:
@@ -54,10 +53,10 @@ def conversion_bytes(geometry: ViTGeometry, image_size: int, photos: int) -> int
     fixed = BASE_BYTES + SLACK_BYTES + 2 * block
     if photos == 0:
         return fixed + 6 * 8 * widest
-    moments = sum(columns**2 * (4 if columns > _WIDE else 8) for _, columns in shapes)
+    moments = sum(columns**2 * (4 if columns > WIDE_INPUT else 8) for _, columns in shapes)
     factorisation = 3 * 8 * max(columns for _, columns in shapes) ** 2
     tokens = geometry.tokens(image_size)
-    chunk = 4 * min(photos, _CHUNK_PHOTOS) * tokens * (12 * width + 2 * hidden)
+    chunk = 4 * min(photos, CONVERSION_PHOTOS) * tokens * (12 * width + 2 * hidden)
     held = 2 * photos * tokens * width
     reading = BASE_BYTES + SLACK_BYTES + held + DECODE_BYTES
     joining = BASE_BYTES + SLACK_BYTES + 2 * held + chunk

@@ -12,7 +12,6 @@ calibration photos in float16; written factors leave at once.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +21,16 @@ import torch
 from torch import Tensor
 
 from wasi_edge.artefact import ModelConfig, write_artefact
+from wasi_edge.chunks import CONVERSION_PHOTOS, WIDE_INPUT
 from wasi_edge.conversion.factorise import Moments, bias_correction, factorise, singular_values
 from wasi_edge.conversion.sources import DenseSource
 from wasi_edge.layers.linear import DenseLinear
+from wasi_edge.layers.norm import LayerNorm
 from wasi_edge.layers.saving import Pass
-from wasi_edge.models.vit import VisionTransformer, build_block, build_vit
+from wasi_edge.models.vit import VisionTransformer, build_block, resample_position
 from wasi_edge.preprocess import normalise
 from wasi_edge.subspace.ranks import break_even_rank, rank_for_explained_variance
 
-_CHUNK_PHOTOS = 8
-# above this input width the moments are summed in float32: float64 would take 75 MB for ViT-B's fc2
-_WIDE = 1024
 LINEARS = ("qkv", "proj", "fc1", "fc2")
 OnProgress = Callable[[int, int], None]
 
@@ -186,8 +184,8 @@ class _Walk:
         self._run = Pass()
         stem = _stem(source, config.preprocessing.image_size)
         states = []
-        for first in range(0, calibration.count, _CHUNK_PHOTOS):
-            chosen = range(first, min(first + _CHUNK_PHOTOS, calibration.count))
+        for first in range(0, calibration.count, CONVERSION_PHOTOS):
+            chosen = range(first, min(first + CONVERSION_PHOTOS, calibration.count))
             batch = np.stack([calibration.read(photo) for photo in chosen])
             pixels = torch.from_numpy(normalise(batch, config.preprocessing))
             states.append(stem.embed(pixels, self._run)[0].half())
@@ -202,25 +200,31 @@ class _Walk:
             layer = getattr(block, linear)
             layer.__class__ = _ObservedLinear
             width = layer.shape[1]
-            layer.moments = observed[linear] = Moments(width, torch.float32 if width > _WIDE else torch.float64)
-        for chunk in self._tokens.split(_CHUNK_PHOTOS):
+            layer.moments = observed[linear] = Moments(width, torch.float32 if width > WIDE_INPUT else torch.float64)
+        for chunk in self._tokens.split(CONVERSION_PHOTOS):
             block.forward(chunk.float(), self._run, None)
         return observed
 
     def advance(self, index: int, ranks: dict[str, int | None], tensors: dict[str, Tensor]) -> None:
         """Replace the tokens by what block `index`, with these tensors, makes of them."""
         block = build_block(self.geometry, index, ranks, tensors.__getitem__)
-        for chunk in self._tokens.split(_CHUNK_PHOTOS):
+        for chunk in self._tokens.split(CONVERSION_PHOTOS):
             chunk.copy_(block.forward(chunk.float(), self._run, None)[0])
 
 
 def _stem(source: DenseSource, image_size: int) -> VisionTransformer:
     """The network without its blocks, for `embed`."""
-    geometry = dataclasses.replace(source.geometry, depth=1)
-    ranks: dict[str, int | None] = dict.fromkeys(geometry.linear_shapes())
-    stem = build_vit(geometry, ranks, _torch_reader(source), image_size, head=False)
-    stem.blocks = []
-    return stem
+    geometry, read = source.geometry, _torch_reader(source)
+    return VisionTransformer(
+        geometry,
+        image_size,
+        DenseLinear(read("patch_embed.weight"), read("patch_embed.bias")),
+        read("class_token") if geometry.class_token else None,
+        resample_position(read("position"), geometry, image_size),
+        blocks=[],
+        norm=LayerNorm(read("norm.weight"), read("norm.bias"), geometry.norm_eps),
+        head=None,
+    )
 
 
 def _torch_reader(source: DenseSource) -> Callable[[str], Tensor]:

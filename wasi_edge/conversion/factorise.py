@@ -123,8 +123,8 @@ def factorise(weight: Tensor, rank: int, covariance: Tensor | None = None) -> Fa
         raise ValueError("the weight holds NaN or infinity")
     wide = weight.double()
     if out_features <= in_features:
-        weighted = wide if covariance is None else wide @ _regularised(covariance)  # (O, I)
-        left = _leading_eigenvectors(weighted @ wide.T, rank)  # (O, K)
+        outer = wide @ wide.T if covariance is None else _outer_moment(wide, covariance)  # (O, O)
+        left = _leading_eigenvectors(outer, rank)  # (O, K)
     else:
         weighted = wide if covariance is None else wide @ _square_root(_regularised(covariance))  # (O, I)
         right_vectors = _leading_eigenvectors(weighted.T @ weighted, rank)  # (I, K)
@@ -170,15 +170,30 @@ def rank_at(weight: Tensor, epsilon: float) -> int | None:
     return rank if is_factored_smaller(rank, *weight.shape) else None
 
 
+def _outer_moment(wide: Tensor, covariance: Tensor) -> Tensor:
+    """W C W^T (O, O) for W (O, I) float64, C regularised, without a float64 copy of C (I, I): it is the largest of
+    all matrices for a wide input. Symmetric to the rounding of C."""
+    result = _ridge(covariance) * (wide @ wide.T)
+    for columns, rows in zip(wide.split(CHUNK_ROWS, dim=1), covariance.split(CHUNK_ROWS), strict=True):
+        result.addmm_(columns, rows.double() @ wide.T)  # (O, t) @ ((t, I) @ (I, O))
+    return result
+
+
 def _regularised(covariance: Tensor) -> Tensor:
-    """C in float64, symmetric, with a trace of the identity. Zero input variance counts as white."""
-    if not bool(covariance.isfinite().all()):
-        raise ValueError("the covariance holds NaN or infinity")
+    """C in float64, symmetric, with a trace of the identity."""
+    ridge = _ridge(covariance)
     result = covariance.double()
     result = (result + result.T) / 2
-    variance = float(result.diagonal().mean())
-    result.diagonal().add_(RIDGE * variance if variance > 0 else 1.0)
+    result.diagonal().add_(ridge)
     return result
+
+
+def _ridge(covariance: Tensor) -> float:
+    """What is added to the variances. Zero input variance counts as white. Raises ValueError for NaN."""
+    if not bool(torch.isfinite(covariance.sum())) and not bool(covariance.isfinite().all()):
+        raise ValueError("the covariance holds NaN or infinity")
+    variance = float(covariance.diagonal().mean(dtype=torch.float64))
+    return RIDGE * variance if variance > 0 else 1.0
 
 
 def _square_root(matrix: Tensor) -> Tensor:

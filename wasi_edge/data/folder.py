@@ -152,7 +152,7 @@ class _Scan:
         self.loose = 0
         self.labels_tried: list[str] = []
         self._found: list[_Found] = []
-        self._entered = {_identity(root)}
+        self._entered = {file_identity(root)}
         self._links: list[tuple[Path, str, str | None]] = []
 
     def skip(self, path: Path, reason: str) -> None:
@@ -180,7 +180,7 @@ class _Scan:
             if folder.name not in parts:
                 self.skip(folder, "lies beside train and val: only those are read")
                 continue
-            self._entered.add(_identity(folder))
+            self._entered.add(file_identity(folder))
             if metadata := _metadata_file(folder):
                 uses_metadata = True
                 self._read_metadata(metadata, parts[folder.name])
@@ -230,14 +230,14 @@ class _Scan:
         """(folders, files) of `folder` in order, without foreign ones, which are listed."""
         folders, files = [], []
         try:
-            children = _children(folder)
+            children = folder_entries(folder)
         except OSError as error:
             self.skip(folder, f"the folder cannot be read ({error.strerror})")
             return [], []
         for child in children:
-            if _is_foreign(child):
+            if is_foreign(child):
                 self.skip(child, "hidden or left by another program, not a photo")
-            elif _is_folder(child):
+            elif is_folder(child):
                 folders.append(child)
             elif child.name not in METADATA_NAMES:
                 files.append(child)
@@ -253,7 +253,7 @@ class _Scan:
         waiting = [folder]
         while waiting:
             current = waiting.pop()
-            identity = _identity(current)
+            identity = file_identity(current)
             if identity in self._entered or (linked and _holds(current, self.root)):
                 self.skip(current, "a link to a folder that is read already, or that holds them all")
                 continue
@@ -305,7 +305,7 @@ class _Scan:
         kept = []
         for found in sorted(self._found, key=lambda f: (f.linked, f.path.as_posix())):
             try:
-                identity = _identity(found.path)
+                identity = file_identity(found.path)
             except OSError:
                 self.skip(found.path, "a link that leads nowhere")
                 continue
@@ -338,19 +338,22 @@ class _Scan:
         return [photo for photo in photos if photo.label in trained]
 
 
-def _children(folder: Path) -> list[Path]:
+def folder_entries(folder: Path) -> list[Path]:
+    """What lies in a folder, by name. Raises OSError where it cannot be listed."""
     return sorted(folder.iterdir(), key=lambda child: child.name)
 
 
-def _is_foreign(path: Path) -> bool:
+def is_foreign(path: Path) -> bool:
+    """Whether another program left this beside the photos (`._*`, `@eaDir`, `Thumbs.db`, hidden files)."""
     return path.name.startswith(".") or path.name.lower() in FOREIGN_NAMES
 
 
 def _has_folders(folder: Path) -> bool:
-    return any(_is_folder(child) and not _is_foreign(child) for child in _children(folder))
+    return any(is_folder(child) and not is_foreign(child) for child in folder_entries(folder))
 
 
-def _is_folder(path: Path) -> bool:
+def is_folder(path: Path) -> bool:
+    """Whether this is a folder or leads to one."""
     try:
         return path.is_dir()
     except OSError:  # a link that leads to itself
@@ -361,7 +364,7 @@ def _holds(folder: Path, inner: Path) -> bool:
     return inner.resolve().is_relative_to(folder.resolve())
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def file_identity(path: Path) -> tuple[int, int]:
     """What stays the same whichever way a file or folder is reached."""
     status = os.stat(path)
     return status.st_dev, status.st_ino

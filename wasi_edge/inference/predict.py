@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from wasi_edge.data.folder import PHOTO_SUFFIXES, _children, _identity, _is_folder, _is_foreign
+from wasi_edge.data.folder import PHOTO_SUFFIXES, file_identity, folder_entries, is_folder, is_foreign
 from wasi_edge.errors import UnreadablePhoto
 from wasi_edge.inference.classifier import Classifier
 from wasi_edge.preprocess import Preprocessing, center_view, open_photo, shrink
@@ -40,7 +40,7 @@ def iter_photos(words: Iterable[str | Path], exclude: Path | None = None) -> Ite
     in training), a pattern that the shell did not expand, or '-': one path a line on standard input. What
     does not exist is handed on as it is, for the decoder to say so. The folder `exclude` is never entered.
     """
-    skip = None if exclude is None or not exclude.is_dir() else _identity(exclude)
+    skip = None if exclude is None or not exclude.is_dir() else file_identity(exclude)
     for word in words:
         if str(word) == STDIN:
             for line in sys.stdin.buffer:
@@ -52,14 +52,14 @@ def iter_photos(words: Iterable[str | Path], exclude: Path | None = None) -> Ite
 
 def _photos_of(word: str, skip: tuple[int, int] | None) -> Iterator[Path]:
     path = Path(word)
-    if _is_folder(path):
+    if is_folder(path):
         yield from _walk(path, skip)
         return
     matches = sorted(glob.iglob(word, recursive=True)) if glob.has_magic(word) and not path.exists() else []
     if not matches:
         yield path
     for match in map(Path, matches):
-        if _is_folder(match):
+        if is_folder(match):
             yield from _walk(match, skip)
         elif _is_photo(match):
             yield match
@@ -71,19 +71,19 @@ def _walk(root: Path, skip: tuple[int, int] | None) -> Iterator[Path]:
     while waiting:
         folder = waiting.pop()
         try:
-            identity = _identity(folder)
-            children = _children(folder)
+            identity = file_identity(folder)
+            children = folder_entries(folder)
         except OSError:  # gone, or not ours to read
             continue
         if identity in entered:
             continue
         entered.add(identity)
-        waiting += [child for child in reversed(children) if _is_folder(child) and not _is_foreign(child)]
-        yield from (child for child in children if _is_photo(child) and not _is_folder(child))
+        waiting += [child for child in reversed(children) if is_folder(child) and not is_foreign(child)]
+        yield from (child for child in children if _is_photo(child) and not is_folder(child))
 
 
 def _is_photo(path: Path) -> bool:
-    return path.suffix.lower() in PHOTO_SUFFIXES and not _is_foreign(path)
+    return path.suffix.lower() in PHOTO_SUFFIXES and not is_foreign(path)
 
 
 def read_view(path: Path, preprocessing: Preprocessing) -> np.ndarray:

@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wasi_edge.chunks import GELU_ROWS
 from wasi_edge.layers.saving import Pass
 
 _LOWEST, _HIGHEST = -0.13, 1.13
-# tokens at a time: the scratch stays in the cache and out of the memory plan
-_ROWS = 256
 _STEP = (_HIGHEST - _LOWEST) / 255
 
 
@@ -34,8 +33,9 @@ def gelu_forward(a: Tensor, run: Pass, save_as: str | None, compact: bool) -> tu
         saved_inputs = run.workspace.keep(save_as, a, a.dtype)
         return torch.ops.aten.gelu_(a), SavedGelu(saved_inputs, None)
     derivative = run.workspace.take(save_as, tuple(a.shape), torch.uint8)
-    one = torch.ones((), dtype=a.dtype).expand(_ROWS, a.shape[1])
-    for inputs, target in zip(a.split(_ROWS), derivative.split(_ROWS), strict=True):
+    # contiguous: for an expanded one the kernel makes a copy of its whole output
+    one = run.workspace.take("gelu.one", (min(GELU_ROWS, len(a)), a.shape[1]), a.dtype).fill_(1.0)
+    for inputs, target in zip(a.split(GELU_ROWS), derivative.split(GELU_ROWS), strict=True):
         slope = run.workspace.take("gelu.slope", tuple(inputs.shape), a.dtype)
         torch.ops.aten.gelu_backward.grad_input(one[: len(inputs)], inputs, grad_input=slope)
         # + 0.5 because conversion to an integer truncates
@@ -48,7 +48,7 @@ def gelu_backward(saved: SavedGelu, dy: Tensor, run: Pass) -> Tensor:
     if saved.inputs is not None:
         return torch.ops.aten.gelu_backward.grad_input(dy, saved.inputs, grad_input=dy)
     assert saved.derivative is not None
-    for gradient, derivative in zip(dy.split(_ROWS), saved.derivative.split(_ROWS), strict=True):
+    for gradient, derivative in zip(dy.split(GELU_ROWS), saved.derivative.split(GELU_ROWS), strict=True):
         slope = run.workspace.keep("gelu.slope", derivative, dy.dtype)
         gradient.mul_(slope.mul_(_STEP).add_(_LOWEST))
     return dy

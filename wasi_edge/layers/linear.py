@@ -142,13 +142,14 @@ class WasiLinear:
             grads["bias"] = dy.sum(0)
         if "scale" in self.params:
             scale = self.params["scale"]
-            # rows of <L R, P U^T> without forming either product: ((P (R U)^T) * L).sum(1)
-            grads["scale"] = ((projected @ (right @ self.basis).t()) * left).sum(1)
+            # rows of <L R, P U^T> without forming either product: (P * (L (R U))).sum(1)
+            grads["scale"] = (projected * (left @ (right @ self.basis))).sum(1)
             if "bias" in self.params:
                 grads["scale"] += self.params["bias"] * grads["bias"]
                 grads["bias"] *= scale
             projected *= scale[:, None]
-            left = scale[:, None] * left
+            scaled = run.workspace.take("linear.scaled", tuple(left.shape), left.dtype)
+            left = torch.mul(left, scale[:, None], out=scaled)
         dhidden = run.workspace.take("linear.hidden", (dy.shape[0], right.shape[0]), dy.dtype)
         torch.mm(dy, left, out=dhidden)  # (T, O) @ (O, K) -> (T, K)
         return torch.mm(dhidden, right, out=out), grads  # (T, K) @ (K, I) -> (T, I)

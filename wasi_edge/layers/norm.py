@@ -6,16 +6,18 @@ bounded by sqrt(D), so it can wait in float16 without overflow, which the residu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from wasi_edge.chunks import NORM_ROWS
 from wasi_edge.layers.saving import Pass
 
 
 class SavedNorm(NamedTuple):
-    """`x_hat` (T, D) in the saving dtype and `rstd` (T, 1) float32."""
+    """`x_hat` (T, D) in the saving dtype and `rstd` (T, 1) in that of x."""
 
     x_hat: Tensor
     rstd: Tensor
@@ -31,31 +33,48 @@ class LayerNorm:
     def forward(
         self, x: Tensor, run: Pass, save_as: str | None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, SavedNorm | None]:
-        """(T, D) -> (T, D). With `save_as`, x_hat is kept under that name in `dtype` (x's own)."""
-        width = x.shape[-1]
+        """(T, D) -> (T, D), in the buffer all norms share. With `save_as`, x_hat is kept under that name in `dtype`
+        (x's own)."""
+        take, shape = run.workspace.take, (x.shape[0], x.shape[1])
         weight, bias = self.params["weight"], self.params["bias"]
-        if save_as is None:
-            return torch.native_layer_norm(x, (width,), weight, bias, self.eps)[0], None
-        x_hat, _, rstd = torch.native_layer_norm(x, (width,), None, None, self.eps)
-        saved = SavedNorm(run.workspace.keep(save_as, x_hat, dtype or x.dtype), rstd)
-        return x_hat.mul_(weight).add_(bias), saved
+        y = take("norm.out", shape, x.dtype)
+        saved = None
+        if save_as is not None:
+            saved = SavedNorm(take(save_as, shape, dtype or x.dtype), take(f"{save_as}.rstd", (shape[0], 1), x.dtype))
+        for rows in _chunks(shape[0]):
+            x_hat, _, rstd = torch.native_layer_norm(x[rows], (shape[1],), None, None, self.eps)
+            if saved is not None:
+                saved.x_hat[rows] = x_hat
+                saved.rstd[rows] = rstd
+            torch.addcmul(bias, x_hat, weight, out=y[rows])
+        return y, saved
 
     def backward(self, saved: SavedNorm, dy: Tensor, run: Pass) -> tuple[Tensor, dict[str, Tensor]]:
-        """(T, D) -> gradient of x (T, D), and of weight and bias."""
-        x_hat = saved.x_hat
-        if x_hat.dtype != dy.dtype:
-            # widened into a buffer that only the forward pass of a block uses
-            x_hat = run.workspace.keep("block.middle", x_hat, dy.dtype)
+        """(T, D) -> gradient of x (T, D), in the buffer all norms share, and of weight and bias."""
         tokens, width = dy.shape
-        # x_hat has mean 0 and rstd 1 by construction, so torch's kernel on x_hat gives dx / rstd
-        dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-            dy,
-            x_hat,
-            (width,),
-            torch.zeros(tokens, 1, dtype=dy.dtype),
-            torch.ones(tokens, 1, dtype=dy.dtype),
-            self.params["weight"],
-            self.params["bias"],
-            [True, True, True],
-        )
-        return dx.mul_(saved.rstd), {"weight": dweight, "bias": dbias}
+        weight, bias = self.params["weight"], self.params["bias"]
+        dx = run.workspace.take("norm.out", (tokens, width), dy.dtype)
+        grads = {"weight": torch.zeros_like(weight), "bias": torch.zeros_like(bias)}
+        zero, one = torch.zeros(NORM_ROWS, 1, dtype=dy.dtype), torch.ones(NORM_ROWS, 1, dtype=dy.dtype)
+        for rows in _chunks(tokens):
+            count = len(dy[rows])
+            # x_hat has mean 0 and rstd 1 by construction, so torch's kernel on x_hat gives dx / rstd
+            part, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+                dy[rows],
+                saved.x_hat[rows].to(dy.dtype),
+                (width,),
+                zero[:count],
+                one[:count],
+                weight,
+                bias,
+                [True, True, True],
+            )
+            torch.mul(part, saved.rstd[rows], out=dx[rows])
+            grads["weight"].add_(dweight)
+            grads["bias"].add_(dbias)
+        return dx, grads
+
+
+def _chunks(tokens: int) -> Iterator[slice]:
+    """A few tokens at a time: what the kernels return is small and still in the cache when it is copied."""
+    return (slice(first, min(first + NORM_ROWS, tokens)) for first in range(0, tokens, NORM_ROWS))

@@ -106,7 +106,8 @@ class VisionTransformer:
         patches = run.workspace.take("patches", (batch, grid, grid, channels, p, p), pixels.dtype)
         patches.copy_(pixels.view(batch, channels, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5))
         patches = patches.view(batch * grid * grid, channels * p * p)
-        embedded, _ = self.patch_embed.forward(patches, grid * grid, run, None)
+        embedded = run.workspace.take("block.branch", (len(patches), width), pixels.dtype)
+        embedded, _ = self.patch_embed.forward(patches, grid * grid, run, None, out=embedded)
         x = run.workspace.take("block.out", (batch, self.tokens, width), pixels.dtype)
         x[:, self._first_patch :].copy_(embedded.view(batch, grid * grid, width))
         if self.class_token is not None:
@@ -116,10 +117,14 @@ class VisionTransformer:
     def backward(self, saved: SavedForward, dfeatures: Tensor, run: Pass, on_gradients: OnGradients) -> None:
         """Walk back from (B, F). `on_gradients(layer name, gradients)` is called as each layer's are complete."""
         batch = dfeatures.shape[0]
-        dnormed = self._pool_backward(dfeatures)
-        dx, grads = self.norm.backward(saved.norm, dnormed.view(batch * self.tokens, -1), run)
+        width = self.geometry.width
+        dnormed = self._pool_backward(
+            dfeatures, run.workspace.take("gradient", (batch, self.tokens, width), dfeatures.dtype)
+        )
+        dx, grads = self.norm.backward(saved.norm, dnormed.view(-1, width), run)
         on_gradients("norm", grads)
-        dx = dx.view(batch, self.tokens, -1)
+        # every block adds its part to this one in place
+        dx = dnormed.copy_(dx.view(batch, self.tokens, width))
         for block, saved_block in zip(reversed(self.blocks), reversed(saved.blocks), strict=True):
             dx, grads = block.backward(saved_block, dx, run)
             on_gradients(block.name, grads)
@@ -127,7 +132,7 @@ class VisionTransformer:
         if self.class_token is not None:
             root["class_token"] = dx[:, 0].sum(0)
         on_gradients("", root)
-        dpatches = dx[:, self._first_patch :].reshape(-1, self.geometry.width)
+        dpatches = run.workspace.keep("block.branch", dx[:, self._first_patch :], dx.dtype).view(-1, width)
         grads = {"weight": dpatches.t() @ saved.patches, "bias": dpatches.sum(0)}
         on_gradients("patch_embed", grads)
 
@@ -144,10 +149,10 @@ class VisionTransformer:
             parts.append(normed[:, self._first_patch :].mean(1))
         return torch.cat(parts, 1)
 
-    def _pool_backward(self, dfeatures: Tensor) -> Tensor:
-        """(B, F) -> (B, N, D)."""
-        batch, width = dfeatures.shape[0], self.geometry.width
-        dnormed = dfeatures.new_zeros(batch, self.tokens, width)
+    def _pool_backward(self, dfeatures: Tensor, dnormed: Tensor) -> Tensor:
+        """(B, F) -> (B, N, D), in `dnormed`."""
+        width = self.geometry.width
+        dnormed.zero_()
         if self.geometry.features in ("mean", "class+mean"):
             count = self.tokens - self._first_patch
             dnormed[:, self._first_patch :] = (dfeatures[:, -width:] / count).unsqueeze(1)

@@ -11,19 +11,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from wasi_edge.chunks import GELU_ROWS, HEAD_ROWS, NORM_ROWS
 from wasi_edge.models.geometry import ViTGeometry
 
 FLOAT = 4
-# photos whose features the ridge fit holds in float64 (`training/head.py`)
-HEAD_ROWS = 128
 # Rounding of every buffer to pages, Python objects, and what malloc loses between blocks.
 HEAP_SLACK_BYTES = 6 * 2**20
 HEAP_SLACK_SHARE = 0.03
-# Packing buffers and thread-local scratch of the matrix product libraries: they grow with the first large products,
-# by an amount that depends on none of the sizes here. Measured: 13 MB with one thread, 16 with two.
-PRODUCT_SCRATCH_BYTES = 18 * 2**20
-# tokens at a time in `layers/activation.py`
-GELU_ROWS = 256
+# float64 (K, K) alive at once in `subspace.weight.update_weight`
+UPDATE_MATRICES = 8
 
 
 @dataclass(frozen=True)
@@ -77,17 +73,20 @@ def largest_linear_bytes(load: Workload) -> int:
 
 
 def update_state_bytes(load: Workload, carried_grams: bool = True) -> int:
-    """State of the rule that updates the factors: momentum (O, r) and its basis (I, r), two float64 (K, K) a linear.
-
-    Without `carried_grams` only those of the linear at work exist.
-    """
-    largest = max((rank or 0) ** 2 for rank in load.ranks.values()) * 4 * FLOAT
-    state = 0 if carried_grams else largest
+    """State of the rule that updates the factors: momentum (O, r) and its basis (I, r) a linear, and, with
+    `carried_grams`, two symmetric float64 (K, K) packed in one."""
+    state = 0
     for name, (out, inner) in load.geometry.linear_shapes().items():
         state += (out + inner) * min(load.gradient_rank, inner) * FLOAT
         if carried_grams:
-            state += 2 * (load.ranks[name] or 0) ** 2 * 2 * FLOAT
+            rank = load.ranks[name] or 0
+            state += rank * (rank + 1) * 2 * FLOAT
     return state
+
+
+def update_scratch_bytes(load: Workload) -> int:
+    """What the update of the linear at work needs beside its state: float64 (K, K) matrices."""
+    return UPDATE_MATRICES * max((rank or 0) ** 2 for rank in load.ranks.values()) * 2 * FLOAT
 
 
 def saved_bytes_per_token(load: Workload, compact: bool) -> float:
@@ -105,22 +104,25 @@ def forward_bytes_per_token(load: Workload) -> int:
     d, m = load.geometry.width, load.geometry.mlp_width
     hidden = max((rank or 0) for rank in load.ranks.values())
     patches = load.geometry.channels * load.geometry.patch_size**2
-    buffers = hidden + 3 * d + 3 * d + m + patches  # hidden, qkv, (branch, middle, out), inner, patches
-    return FLOAT * (buffers + 3 * d)  # fresh: both norms' outputs and the attention's
+    # hidden, qkv, (branch, middle, out, norm's and attention's output), inner, patches
+    return FLOAT * (hidden + 3 * d + 5 * d + m + patches)
 
 
 def shared_bytes_per_token(load: Workload) -> int:
     """What forward and backward passes hold per token beside the weights and what the blocks keep."""
     d = load.geometry.width
-    # buffers of the backward pass alone: gradient of qkv, the last norm's x_hat
-    # fresh at its worst moment, in the attention: dq, dk, dv, the gradients of the residual, of the last norm's
-    # output and of the block's second norm, three of which take the place of the forward pass's
-    return forward_bytes_per_token(load) + FLOAT * (3 * d + d + 3 * d)
+    # of the backward pass alone: gradient of the residual stream, the last norm's x_hat
+    return forward_bytes_per_token(load) + FLOAT * 2 * d
 
 
-def chunk_bytes(load: Workload, tokens: int) -> int:
-    """Scratch of GELU's derivative, which goes through the tokens a few at a time."""
-    return FLOAT * min(tokens, GELU_ROWS) * load.geometry.mlp_width
+def scratch_bytes(load: Workload, micro_batch: int) -> int:
+    """What goes through the tokens a few at a time, GELU's derivative and the norms, and the attention photo by
+    photo: q, k, v and their gradients, the output and its."""
+    d, m = load.geometry.width, load.geometry.mlp_width
+    rows = micro_batch * load.tokens
+    largest = max((rank or 0) * out for (out, _), rank in _with_rank(load))  # a factor times LayerScale
+    few = 2 * m * min(rows, GELU_ROWS) + 2 * d * min(rows, NORM_ROWS) + load.tokens * 8 * d
+    return FLOAT * (few + (largest if load.geometry.layer_scale else 0))
 
 
 def training_items(load: Workload, micro_batch: int, recomputed_blocks: int, carried_grams: bool = True) -> list[Item]:
@@ -136,7 +138,7 @@ def training_items(load: Workload, micro_batch: int, recomputed_blocks: int, car
     kept = kept_blocks * saved_bytes_per_token(load, compact=True)
     if recomputed_blocks:
         kept += recomputed_blocks * FLOAT * geometry.width + saved_bytes_per_token(load, compact=False)
-    at_work = tokens * shared_bytes_per_token(load) + (chunk_bytes(load, tokens) if kept_blocks else 0)
+    at_work = tokens * shared_bytes_per_token(load) + scratch_bytes(load, micro_batch)
     photos = micro_batch * (load.augment_photo_bytes * 2 + 3 * load.image_size**2 * (FLOAT + 1))
     items = [
         Item("weights (factors)", linears * FLOAT),
@@ -144,7 +146,7 @@ def training_items(load: Workload, micro_batch: int, recomputed_blocks: int, car
         Item("gradients (P, U, dense parameters)", (small_gradients + others) * FLOAT),
         Item(
             "optimiser state (momentum, Gram matrices, moments)",
-            update_state_bytes(load, carried_grams) + others * 2 * FLOAT,
+            update_state_bytes(load, carried_grams) + update_scratch_bytes(load) + others * 2 * FLOAT,
         ),
         Item("kept for the backward pass", int(tokens * kept)),
         Item("buffers of the layer at work", at_work),
@@ -195,12 +197,16 @@ def head_fit_bytes(load: Workload, num_photos: int) -> int:
     return kept + HEAD_ROWS * width * 3 * 8 + 6 * width * width * 8
 
 
+def _with_rank(load: Workload) -> list[tuple[tuple[int, int], int | None]]:
+    """((O, I), rank) of every linear."""
+    return [(shape, load.ranks[name]) for name, shape in load.geometry.linear_shapes().items()]
+
+
 def total(items: list[Item]) -> int:
     """Sum of all items, bytes."""
     return sum(item.bytes for item in items)
 
 
 def _with_slack(items: list[Item]) -> list[Item]:
-    scratch = Item("scratch of the matrix products", PRODUCT_SCRATCH_BYTES)
     slack = HEAP_SLACK_BYTES + int(HEAP_SLACK_SHARE * total(items))
-    return [*items, scratch, Item("heap rounding and headroom", slack)]
+    return [*items, Item("heap rounding and headroom", slack)]

@@ -34,6 +34,14 @@ EVALUATION_BATCH = 8
 
 
 @dataclass(frozen=True)
+class Base:
+    """Bytes of the process without the run's own tensors: just after importing torch, and from then on."""
+
+    after_import: int
+    steady: int
+
+
+@dataclass(frozen=True)
 class Speed:
     """Seconds per photo on this machine, measured by the probe; `update` is one optimiser step."""
 
@@ -88,12 +96,12 @@ class Plan:
         }
 
 
-def choose_plan(load: Workload, work: Work, base_bytes: int, budget_bytes: int, speed: Speed) -> Plan:
+def choose_plan(load: Workload, work: Work, base: Base, budget_bytes: int, speed: Speed) -> Plan:
     """The fastest plan whose predicted peak is within the budget.
 
     Raises BudgetInfeasible, naming the smallest budget that would do, when there is none.
     """
-    plans = list(candidates(load, work, base_bytes, speed))
+    plans = list(candidates(load, work, base, speed))
     fitting = [plan for plan in plans if plan.peak_bytes <= budget_bytes]
     if not fitting:
         smallest = smallest_budget(plans)
@@ -110,7 +118,7 @@ def smallest_budget(plans: list[Plan]) -> int:
     return math.ceil(min(plan.peak_bytes for plan in plans) / 2**20) * 2**20
 
 
-def candidates(load: Workload, work: Work, base_bytes: int, speed: Speed) -> Iterator[Plan]:
+def candidates(load: Workload, work: Work, base: Base, speed: Speed) -> Iterator[Plan]:
     """Every way to run this, with its predicted peak and time."""
     num_photos = work.num_train + work.num_val
     if load.method == "head":
@@ -118,7 +126,7 @@ def candidates(load: Workload, work: Work, base_bytes: int, speed: Speed) -> Ite
             if size > EVALUATION_BATCH:
                 continue
             head = head_items(load, size, num_photos)
-            yield _plan(load, work, base_bytes, speed, size, 0, head, head)
+            yield _plan(load, work, base, speed, size, 0, head, head)
         return
     for size in MICRO_BATCHES:
         if size > work.batch:
@@ -126,19 +134,19 @@ def candidates(load: Workload, work: Work, base_bytes: int, speed: Speed) -> Ite
         evaluated = min(size, EVALUATION_BATCH)
         if load.method == "vanilla":
             head = head_items(load, evaluated, num_photos)
-            yield _plan(load, work, base_bytes, speed, size, 0, vanilla_items(load, size), head)
+            yield _plan(load, work, base, speed, size, 0, vanilla_items(load, size), head)
             continue
         for again in range(load.geometry.depth + 1):
             for carried in (True, False):
                 head = head_items(load, evaluated, num_photos, carried)
                 items = training_items(load, size, again, carried)
-                yield _plan(load, work, base_bytes, speed, size, again, items, head, carried)
+                yield _plan(load, work, base, speed, size, again, items, head, carried)
 
 
 def _plan(
     load: Workload,
     work: Work,
-    base_bytes: int,
+    base: Base,
     speed: Speed,
     micro_batch: int,
     recomputed: int,
@@ -161,7 +169,9 @@ def _plan(
         seconds += (
             steps * speed.update_seconds * (1.0 if carried_grams else REBUILD_COST) + work.num_train * infer_seconds
         )
-    base = Item("interpreter and libraries (measured)", base_bytes)
+    items = [Item("interpreter and libraries (measured)", base.steady), *items]
+    if total(items) < base.after_import:
+        items = [Item("interpreter and libraries while they are imported (measured)", base.after_import)]
     return Plan(
         method=load.method,
         image_size=load.image_size,
@@ -171,7 +181,7 @@ def _plan(
         carried_grams=carried_grams,
         gradient_rank=load.gradient_rank,
         epochs=work.epochs if load.method != "head" else 0,
-        peak_bytes=base_bytes + total(items),
+        peak_bytes=total(items),
         seconds=seconds,
-        items=(base, *items),
+        items=tuple(items),
     )

@@ -73,6 +73,27 @@ def grams(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return gram(left), gram(right.T)
 
 
+def pack_grams(left_gram: Tensor, right_gram: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return two symmetric matrices (K, K) in one of (K, K + 1): half the memory of holding both.
+
+    On and below the diagonal stands the left one; above it, one column to the right, the upper triangle of
+    the right one. `out` is filled and returned if given.
+    """
+    rank = left_gram.shape[0]
+    packed = left_gram.new_empty(rank, rank + 1) if out is None else out
+    packed[:, :rank].copy_(left_gram)
+    # row by row what lies above the diagonal of the (K, K + 1) matrix
+    above = torch.ones(rank, rank, dtype=torch.bool, device=packed.device).triu_()
+    packed[:, 1:].masked_scatter_(above, right_gram.masked_select(above))
+    return packed
+
+
+def unpack_grams(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the left and the right Gram matrix (K, K) of `pack_grams`, exactly as they were."""
+    left_gram, right_gram = packed[:, :-1].tril(), packed[:, 1:].triu()
+    return left_gram + left_gram.tril(-1).T, right_gram + right_gram.triu(1).T
+
+
 def weight_factors(left: Tensor, right: Tensor) -> WeightFactors:
     """Return the state of a pair (O, K), (K, I): the same tensors, not copied, and their Gram matrices.
 
@@ -141,7 +162,7 @@ def orthonormal_pair(left: Tensor, right: Tensor) -> WeightFactors:
 
 def update_weight(
     factors: WeightFactors, gradient_left: Tensor, basis: Tensor, learning_rate: float, decay: float
-) -> None:
+) -> float:
     """Apply one WSI step for the gradient `gradient_left @ basis^T`, in place on all four tensors.
 
     Parameters
@@ -154,6 +175,12 @@ def update_weight(
     learning_rate : float
     decay : float
         Decoupled weight decay; the old weight is multiplied by `1 - learning_rate * decay`.
+
+    Returns
+    -------
+    float
+        `condition_estimate` of the new left Gram matrix: beyond `MAX_CONDITION` the pair is due for
+        `orthonormal_pair`.
 
     Raises
     ------
@@ -183,7 +210,8 @@ def update_weight(
     AE = A @ E
     G_new = _symmetric(G + AE + AE.T + E.T @ D @ E)
     cholesky, info = torch.linalg.cholesky_ex(G_new)
-    if int(info) != 0 or not _condition_from(cholesky) <= BREAKDOWN_CONDITION:
+    condition = _condition_from(cholesky)
+    if int(info) != 0 or not condition <= BREAKDOWN_CONDITION:
         return _best_approximation_step(factors, gradient_left, basis, c, eta)
     X = torch.cholesky_solve(A + E.T @ D, cholesky)  # (K, r)
     HE = H @ E.T  # (K, r)
@@ -199,6 +227,7 @@ def update_weight(
     right.addmm_(X.to(right.dtype), F, beta=c)
     factors.left_gram.copy_(G_new)
     factors.right_gram.copy_(H_new)
+    return condition
 
 
 def condition_estimate(left_gram: Tensor) -> float:
@@ -250,8 +279,11 @@ def _solve_from_right(matrix: Tensor, target: Tensor) -> Tensor | None:
 
 def _best_approximation_step(
     factors: WeightFactors, gradient_left: Tensor, basis: Tensor, c: float, eta: float
-) -> None:
-    """Replace the state by the best rank-K approximation of `c L R - eta P U^T`, orthonormal on the left."""
+) -> float:
+    """Replace the state by the best rank-K approximation of `c L R - eta P U^T`, orthonormal on the left.
+
+    Returns the condition of the new left Gram matrix, 1.
+    """
     rank = factors.left.shape[1]
     columns, core_left = torch.linalg.qr(torch.cat([factors.left, gradient_left], dim=1))
     rows, core_right = torch.linalg.qr(torch.cat([factors.right.T * c, basis * -eta], dim=1))
@@ -264,6 +296,7 @@ def _best_approximation_step(
     left_gram, right_gram = grams(factors.left, factors.right)
     factors.left_gram.copy_(left_gram)
     factors.right_gram.copy_(right_gram)
+    return 1.0
 
 
 def _matmul_in_float64(tall: Tensor, small: Tensor) -> Tensor:

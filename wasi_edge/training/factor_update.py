@@ -23,10 +23,12 @@ from torch import Tensor
 
 from wasi_edge.layers.linear import WasiLinear
 from wasi_edge.subspace.weight import (
+    MAX_CONDITION,
     WeightFactors,
     momentum_to_new_basis,
-    needs_orthonormalising,
     orthonormal_pair,
+    pack_grams,
+    unpack_grams,
     update_weight,
     weight_factors,
 )
@@ -47,36 +49,41 @@ class FactorUpdate:
         self._linears = dict(linears)
         self._carry_grams = carry_grams
         self._weight_decay = weight_decay
-        self._factors: dict[str, WeightFactors] = {}
+        self._packed_grams: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
         self._basis: dict[str, Tensor] = {}
         for name in self._linears:
             self._orthonormalise(name)
 
     def update(self, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
-        """One step of linear `name` with P (O, r), which is overwritten. `step` counts from 1."""
+        """One step of linear `name` with P (O, r), which stays as it is. `step` counts from 1."""
         basis = self._linears[name].basis
         assert basis is not None
-        momentum = projected.mul_(1 - MOMENTUM)
         if name in self._momentum:
             carried = momentum_to_new_basis(self._momentum[name], self._basis[name], basis)
-            momentum.add_(carried, alpha=MOMENTUM)
-        self._momentum[name], self._basis[name] = momentum, basis
+            torch.lerp(carried, projected, 1 - MOMENTUM, out=self._momentum[name])
+        else:
+            self._momentum[name] = projected * (1 - MOMENTUM)
+        momentum, self._basis[name] = self._momentum[name], basis
         params = self._linears[name].params
-        carried_factors = self._factors.get(name)
-        factors = carried_factors or weight_factors(params["left"], params["right"])
+        packed = self._packed_grams.get(name)
+        if packed is None:
+            factors = weight_factors(params["left"], params["right"])
+        else:
+            factors = WeightFactors(params["left"], params["right"], *unpack_grams(packed))
         size = float(factors.left_gram.mul(factors.right_gram).sum().clamp_min(0).sqrt())  # ||L R||_F
-        update_weight(factors, polar_factor(momentum), basis, learning_rate * size, self._weight_decay)
-        if step % ORTHONORMALISE_EVERY == 0 or needs_orthonormalising(factors):
+        condition = update_weight(factors, polar_factor(momentum), basis, learning_rate * size, self._weight_decay)
+        if step % ORTHONORMALISE_EVERY == 0 or not condition <= MAX_CONDITION:
             self._orthonormalise(name)
+        elif packed is not None:
+            pack_grams(factors.left_gram, factors.right_gram, out=packed)
 
     def state(self) -> dict[str, Tensor]:
-        """Momentum, basis and Gram matrices as `<kind>.<linear>`."""
+        """Momentum, basis and packed Gram matrices as `<kind>.<linear>`."""
         named: dict[str, Tensor] = {}
         for name in self._linears:
-            if name in self._factors:
-                named[f"left_gram.{name}"] = self._factors[name].left_gram
-                named[f"right_gram.{name}"] = self._factors[name].right_gram
+            if name in self._packed_grams:
+                named[f"grams.{name}"] = self._packed_grams[name]
             if name in self._momentum:
                 named[f"momentum.{name}"] = self._momentum[name]
                 named[f"basis.{name}"] = self._basis[name]
@@ -85,12 +92,13 @@ class FactorUpdate:
     def load(self, key: str, value: Tensor) -> None:
         """Take back one entry of `state`; the factors themselves are the layers' parameters."""
         kind, _, name = key.partition(".")
-        if kind == "left_gram":
-            self._factors[name].left_gram = value
-        elif kind == "right_gram":
-            self._factors[name].right_gram = value
-        else:
-            {"momentum": self._momentum, "basis": self._basis}[kind][name] = value
+        {"grams": self._packed_grams, "momentum": self._momentum, "basis": self._basis}[kind][name] = value
+
+    def clear(self) -> None:
+        """Forget everything; the factors themselves stay where they are."""
+        self._packed_grams.clear()
+        self._momentum.clear()
+        self._basis.clear()
 
     def _orthonormalise(self, name: str) -> None:
         """Rotate the pair of `name` to orthonormal L and diagonal R R^T, in the layer's own tensors."""
@@ -99,7 +107,8 @@ class FactorUpdate:
         params["left"].copy_(pair.left)
         params["right"].copy_(pair.right)
         if self._carry_grams:
-            self._factors[name] = WeightFactors(params["left"], params["right"], pair.left_gram, pair.right_gram)
+            packed = self._packed_grams.get(name)
+            self._packed_grams[name] = pack_grams(pair.left_gram, pair.right_gram, out=packed)
 
 
 def polar_factor(matrix: Tensor) -> Tensor:

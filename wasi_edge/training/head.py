@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wasi_edge.planner.memory import HEAD_ROWS
+from wasi_edge.chunks import HEAD_ROWS
 
 _SMOOTHING = 0.1
 _PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)

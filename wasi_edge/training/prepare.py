@@ -21,7 +21,7 @@ from wasi_edge.memory.process import read_memory
 from wasi_edge.models.geometry import ViTGeometry
 from wasi_edge.models.locate import resolve_model
 from wasi_edge.planner.memory import Workload
-from wasi_edge.planner.plan import Plan, Speed, Work, choose_plan
+from wasi_edge.planner.plan import Base, Plan, Speed, Work, choose_plan
 from wasi_edge.preprocess import Preprocessing, open_photo, shrink
 from wasi_edge.subspace.ranks import break_even_rank
 from wasi_edge.training import defaults
@@ -96,7 +96,8 @@ def prepare(request: FinetuneRequest, events: Events) -> Prepared:
     speed = Speed(
         probe.train_seconds, probe.infer_seconds, probe.update_seconds, _decode_seconds(folder, model) / threads
     )
-    base = read_memory().rss_bytes + probe.torch_bytes
+    own = read_memory().rss_bytes
+    base = Base(after_import=own + probe.import_bytes, steady=own + probe.torch_bytes)
     plan = choose_plan(load, work, base, request.budget_bytes, speed)
     events.planned(plan.to_dict(), request.budget_bytes, plan.peak_bytes, plan.seconds)
     return Prepared(request, model, folder, labels, plan, work, ranks, threads)

@@ -21,15 +21,21 @@ from wasi_edge.models.geometry import ViTGeometry
 
 _PHOTOS = 4
 _ENOUGH_SECONDS = 0.7
-# the child has to do with it what the run does with a whole network
-_WARM_UP_SIZES = (32, 256)
+# a product and a decomposition that make the libraries take the buffers they keep
+_WARM_UP_SIZE, _WARM_UP_DECOMPOSITION = 1024, 256
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """`torch_bytes`: what importing and warming up torch adds to a process. Seconds are per photo, `update_seconds`
-    per optimiser step. `ranks` of the linears, where they were asked for."""
+    """What the child found.
 
+    import_bytes    what a process holds more just after importing torch
+    torch_bytes     what torch adds for the rest of a run: its heap and buffers, and the library pages that steps use
+    *_seconds       per photo; `update_seconds` per optimiser step
+    ranks           of the linears, where they were asked for
+    """
+
+    import_bytes: int
     torch_bytes: int
     train_seconds: float
     infer_seconds: float
@@ -100,15 +106,21 @@ def _main() -> int:
 def _measure(question: dict[str, Any], threads: int, before_bytes: int) -> dict[str, Any]:
     import torch
 
+    from wasi_edge.memory.libraries import release_library_pages
+    from wasi_edge.memory.malloc import reuse_freed_memory
     from wasi_edge.memory.process import read_memory
-    from wasi_edge.training import setup  # noqa: F401  (what the run imports is part of its base)
+    from wasi_edge.training import session  # noqa: F401  (what the run imports is part of its base)
 
     torch.set_num_threads(threads)
-    for size in _WARM_UP_SIZES:
-        square = torch.ones(size, size)
-        torch.nn.functional.gelu(square @ square)
-        torch.linalg.eigh((square @ square).double())
-    torch_bytes = read_memory().rss_bytes - before_bytes
+    import_bytes = read_memory().rss_bytes - before_bytes
+    release_library_pages()
+    square = torch.ones(_WARM_UP_SIZE, _WARM_UP_SIZE)
+    torch.mm(square, square, out=torch.empty_like(square))
+    torch.linalg.eigh(square[:_WARM_UP_DECOMPOSITION, :_WARM_UP_DECOMPOSITION].double())
+    del square
+    warm = read_memory()
+    if question["method"] == "wasi":
+        reuse_freed_memory()  # as the run does after its first step
     geometry = ViTGeometry.from_dict(question["geometry"])
     ranks = question["ranks"] or _ranks(question)
     block_seconds = _train_block if question["method"] == "wasi" else _train_vanilla_block
@@ -116,7 +128,10 @@ def _measure(question: dict[str, Any], threads: int, before_bytes: int) -> dict[
     train, update = 0.0, 0.0
     if question["method"] != "head":
         train, update = block_seconds(geometry, question["image_size"], ranks, question["gradient_rank"])
+    # the heap before the block was there, the libraries after everything has been used
+    torch_bytes = warm.rss_bytes - warm.file_bytes + read_memory().file_bytes - before_bytes
     return {
+        "import_bytes": import_bytes,
         "torch_bytes": torch_bytes,
         "train_seconds": geometry.depth * train / _PHOTOS,
         "infer_seconds": geometry.depth * infer / _PHOTOS,

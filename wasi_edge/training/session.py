@@ -17,6 +17,8 @@ from wasi_edge.data.augment import class_weights
 from wasi_edge.data.cache import PhotoCache
 from wasi_edge.data.split import near_duplicate_groups, split
 from wasi_edge.errors import Interrupted, NoUsableData
+from wasi_edge.memory.libraries import release_library_pages
+from wasi_edge.memory.malloc import reuse_freed_memory, tune_malloc
 from wasi_edge.memory.process import MemoryWatch
 from wasi_edge.planner.plan import EVALUATION_BATCH
 from wasi_edge.tensorfile import write_json_atomic
@@ -48,6 +50,7 @@ class Session:
     ) -> None:
         torch.set_num_threads(prepared.threads)
         torch.set_grad_enabled(False)
+        release_library_pages()
         self._prepared, self._cache, self._work_folder = prepared, cache, work_folder
         self._events, self._signals, self._watch, self._began = events, signals, watch, began
         self._out = prepared.request.out
@@ -101,7 +104,15 @@ class Session:
             max_seconds=request.max_seconds,
         )
 
+        settled = False
+
         def after_step(now: Progress) -> None:
+            nonlocal settled
+            if not settled:
+                settled = True
+                self._settle()
+            elif now.epoch_step == 0:
+                release_library_pages()  # what validating and saving touched
             cooler.rest(lambda: self._signals.received is not None)
             due = self._saved_at is None or time.monotonic() - self._saved_at >= request.checkpoint_seconds
             if due:
@@ -118,6 +129,13 @@ class Session:
         if status == "time_limit":
             self._checkpoint(trainer, progress)
         return status
+
+    def _settle(self) -> None:
+        """After the first step: everything that stays has been made, what the head alone needed is over."""
+        if self._prepared.request.method is Method.WASI:
+            # autograd's tape is no rhythm of few sizes: there the heap would grow instead
+            reuse_freed_memory()
+        release_library_pages()
 
     def _start(self, trainer: Trainer, progress: Progress) -> None:
         """The closed-form head on the frozen network: epoch 0."""
@@ -154,6 +172,8 @@ class Session:
 
     def _finish(self, trainer: Trainer, progress: Progress, status: str) -> dict[str, Any]:
         """The best model again, its held-out photos, the statistics for a later run, the reports."""
+        trainer.end_training()
+        tune_malloc()
         setup.load_parameters(trainer, self._out)
         validation = validate(trainer, self._held_out, self._events, "looking at the result")
         held_out, photos = result.held_out_results(validation, self._held_out, self._prepared.labels)

@@ -57,7 +57,6 @@ def recipe_of(prepared: Prepared) -> Recipe:
         weight_decay=defaults.WEIGHT_DECAY,
         clip_norm=defaults.CLIP_NORM,
         label_smoothing=defaults.LABEL_SMOOTHING,
-        batch=prepared.work.batch,
     )
 
 

@@ -39,7 +39,6 @@ class Recipe:
     weight_decay: float
     clip_norm: float
     label_smoothing: float
-    batch: int
 
 
 class Trainer(Protocol):
@@ -62,6 +61,9 @@ class Trainer(Protocol):
 
     def abandon(self) -> None:
         """Forget a step that was begun: back to the state after the last `apply`."""
+
+    def end_training(self) -> None:
+        """Give back everything that `features` and `logits` do not need; no steps can follow."""
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, by name; the tensors themselves, not copies."""
@@ -104,6 +106,9 @@ class FrozenTrainer:
     def abandon(self) -> None:
         """Nothing was begun."""
 
+    def end_training(self) -> None:
+        self._run.workspace.clear()
+
     def state(self) -> dict[str, Tensor]:
         return {f"parameter.{name}": value for name, value in self._parameters.items()}
 
@@ -127,7 +132,9 @@ class WasiTrainer(FrozenTrainer):
     ) -> None:
         super().__init__(model)
         self.recipe, self.keeps, self.active = recipe, list(keeps), active
+        # of this step; the buffers live on, because what is made anew in every step ends up between what is not
         self._gradients: dict[str, Tensor] = {}
+        self._gradient_buffers: dict[str, Tensor] = {}
         self._before_step: dict[str, tuple[Tensor, Tensor, bool]] = {}
         self._adam = Adam()
         generator = torch.Generator().manual_seed(seed)
@@ -179,6 +186,13 @@ class WasiTrainer(FrozenTrainer):
             self._linears[name].restore(basis, token_weight, cold)
         self._before_step.clear()
 
+    def end_training(self) -> None:
+        super().end_training()
+        self.abandon()
+        self._gradient_buffers.clear()
+        self._adam = Adam()
+        self._factors.clear()
+
     def state(self) -> dict[str, Tensor]:
         named = {f"parameter.{name}": value for name, value in self._parameters.items()}
         for name, linear in self._linears.items():
@@ -218,8 +232,10 @@ class WasiTrainer(FrozenTrainer):
             name = f"{layer}.{key}" if layer else key
             if name in self._gradients:
                 self._gradients[name].add_(value)
-            else:
-                self._gradients[name] = value
+                continue
+            if name not in self._gradient_buffers:
+                self._gradient_buffers[name] = torch.empty_like(value)
+            self._gradients[name] = self._gradient_buffers[name].copy_(value)
 
 
 class VanillaTrainer:
@@ -266,6 +282,10 @@ class VanillaTrainer:
 
     def abandon(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
+
+    def end_training(self) -> None:
+        self.abandon()
+        self._optimizer.state.clear()
 
     def state(self) -> dict[str, Tensor]:
         named = {f"parameter.{name}": value for name, value in self.parameters().items()}
