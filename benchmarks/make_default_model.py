@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from wasi_edge.conversion.convert import Calibration, Settings, convert, spread
+from wasi_edge.conversion.calibration import spread
+from wasi_edge.conversion.convert import Calibration, Settings, convert
 from wasi_edge.conversion.sources import open_source
 from wasi_edge.models.locate import DEFAULT_FOLDER
 from wasi_edge.preprocess import center_view, open_photo, shrink

@@ -33,7 +33,7 @@ VIT_B = ViTGeometry(16, width=768, depth=12, heads=12, mlp_width=3072, position_
 RECIPE = Recipe(1e-3, 1e-3, 1e-3, 0.01, 2.0, 0.1)
 SPEED = Speed(train_seconds=0.15, infer_seconds=0.05, update_seconds=0.2, decode_seconds=0.01)
 WORK = Work(num_train=400, num_val=100, epochs=8, batch=16)
-BASE = Base(after_import=230 * MB, steady=230 * MB)
+BASE = Base(start=230 * MB, steady=230 * MB)
 
 
 def workload(

@@ -6,9 +6,9 @@ The engine obeys these and the planners count with them.
 from __future__ import annotations
 
 # tokens, in GELU's derivative: its float scratch stays in the cache
-GELU_ROWS = 128
+GELU_ROWS = 256
 # tokens, in LayerNorm
-NORM_ROWS = 128
+NORM_ROWS = 512
 # photos whose features the ridge fit of the head holds in float64
 HEAD_ROWS = 128
 # photos that pass through the network together while a checkpoint is converted

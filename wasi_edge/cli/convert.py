@@ -104,8 +104,10 @@ def _carry_out(
     from wasi_edge.conversion.calibration import CalibrationPhotos
     from wasi_edge.conversion.convert import Calibration, Settings
     from wasi_edge.conversion.convert import convert as convert_source
+    from wasi_edge.memory.libraries import release_library_pages
     from wasi_edge.memory.process import read_memory
 
+    release_library_pages()
     calibration, photos = None, None
     if count:
         allowance = decode_allowance(dense.geometry, image_size, count, budget_bytes)

@@ -22,13 +22,15 @@ MOST_PHOTOS = 512
 FEWEST_PHOTOS = 16
 
 
-def calibration_photos(geometry: ViTGeometry, image_size: int, available: int, budget_bytes: int) -> int:
+def calibration_photos(
+    geometry: ViTGeometry, image_size: int, available: int, budget_bytes: int, base_bytes: int = BASE_BYTES
+) -> int:
     """How many of `available` photos may calibrate (0 where there are none): as many as fit, at most 512.
 
     Raises BudgetInfeasible, naming the smallest budget that works, where not even 16 of them (or all) fit.
     """
     fewest = min(available, FEWEST_PHOTOS)
-    smallest = conversion_bytes(geometry, image_size, fewest)
+    smallest = conversion_bytes(geometry, image_size, fewest, base_bytes)
     if smallest > budget_bytes:
         needed = -(-smallest // 2**20)
         what = f"with {fewest} calibration photos" if fewest else "without calibration"
@@ -39,28 +41,27 @@ def calibration_photos(geometry: ViTGeometry, image_size: int, available: int, b
             needed * 2**20,
         )
     most = min(available, MOST_PHOTOS)
-    while conversion_bytes(geometry, image_size, most) > budget_bytes:
+    while conversion_bytes(geometry, image_size, most, base_bytes) > budget_bytes:
         most -= 1
     return most
 
 
-def conversion_bytes(geometry: ViTGeometry, image_size: int, photos: int) -> int:
+def conversion_bytes(geometry: ViTGeometry, image_size: int, photos: int, base_bytes: int = BASE_BYTES) -> int:
     """Predicted peak of the process that converts this network, calibrated on so many photos (0: none)."""
     width, hidden = geometry.width, geometry.mlp_width
     shapes = [geometry.linear_shapes()[f"blocks.0.{name}"] for name in ("qkv", "proj", "fc1", "fc2")]
     block = 4 * sum(rows * columns for rows, columns in shapes)
-    widest = max(rows * columns for rows, columns in shapes)
-    fixed = BASE_BYTES + SLACK_BYTES + 2 * block
+    factorisation = max(8 * (2 * rows * columns + 6 * min(rows, columns) ** 2) for rows, columns in shapes)
+    fixed = base_bytes + SLACK_BYTES + 2 * block
     if photos == 0:
-        return fixed + 6 * 8 * widest
+        return fixed + factorisation
     moments = sum(columns**2 * (4 if columns > WIDE_INPUT else 8) for _, columns in shapes)
-    factorisation = 3 * 8 * max(columns for _, columns in shapes) ** 2
     tokens = geometry.tokens(image_size)
     chunk = 4 * min(photos, CONVERSION_PHOTOS) * tokens * (12 * width + 2 * hidden)
     held = 2 * photos * tokens * width
-    reading = BASE_BYTES + SLACK_BYTES + held + DECODE_BYTES
-    joining = BASE_BYTES + SLACK_BYTES + 2 * held + chunk
-    return max(fixed + moments + factorisation + chunk + held, joining, reading)
+    reading = base_bytes + SLACK_BYTES + held + DECODE_BYTES
+    joining = base_bytes + SLACK_BYTES + 2 * held + chunk
+    return max(fixed + moments + max(factorisation, chunk) + held, joining, reading)
 
 
 def decode_allowance(geometry: ViTGeometry, image_size: int, photos: int, budget_bytes: int) -> int:

@@ -27,9 +27,9 @@ class CalibrationPhotos:
         self, paths: Sequence[Path], count: int, preprocessing: Preprocessing, decode_budget_bytes: int
     ) -> None:
         self._preprocessing, self._decode_budget_bytes = preprocessing, decode_budget_bytes
-        chosen = {index * len(paths) // count for index in range(count)}
-        self._chosen = [paths[index] for index in sorted(chosen)]
-        self._spare = [path for index, path in enumerate(paths) if index not in chosen]
+        chosen = spread(len(paths), count)
+        self._chosen = [paths[index] for index in chosen]
+        self._spare = [path for index, path in enumerate(paths) if index not in set(chosen)]
         self._last: np.ndarray | None = None
         self.skipped: dict[Path, str] = {}
 
@@ -61,3 +61,10 @@ class CalibrationPhotos:
                 f"decoding needs {format_size(needed)}, the budget leaves {format_size(self._decode_budget_bytes)}"
             )
         return center_view(shrink(open_photo(path, side), self._preprocessing), self._preprocessing)
+
+
+def spread(count: int, wanted: int) -> Sequence[int]:
+    """At most `wanted` of `count` indices, evenly spread."""
+    if count <= wanted:
+        return range(count)
+    return [index * count // wanted for index in range(wanted)]

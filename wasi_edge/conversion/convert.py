@@ -12,7 +12,7 @@ calibration photos in float16; written factors leave at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,6 +203,7 @@ class _Walk:
             layer.moments = observed[linear] = Moments(width, torch.float32 if width > WIDE_INPUT else torch.float64)
         for chunk in self._tokens.split(CONVERSION_PHOTOS):
             block.forward(chunk.float(), self._run, None)
+        self._run.workspace.clear()  # factoring needs the room
         return observed
 
     def advance(self, index: int, ranks: dict[str, int | None], tensors: dict[str, Tensor]) -> None:
@@ -233,10 +234,3 @@ def _torch_reader(source: DenseSource) -> Callable[[str], Tensor]:
 
 def _torch_dtype(stored: type) -> torch.dtype:
     return torch.float16 if stored is np.float16 else torch.float32
-
-
-def spread(count: int, wanted: int) -> Sequence[int]:
-    """At most `wanted` of `count` indices, evenly spread."""
-    if count <= wanted:
-        return range(count)
-    return [index * count // wanted for index in range(wanted)]

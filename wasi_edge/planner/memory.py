@@ -115,13 +115,13 @@ def shared_bytes_per_token(load: Workload) -> int:
     return forward_bytes_per_token(load) + FLOAT * 2 * d
 
 
-def scratch_bytes(load: Workload, micro_batch: int) -> int:
-    """What goes through the tokens a few at a time, GELU's derivative and the norms, and the attention photo by
+def scratch_bytes(load: Workload, micro_batch: int, compact: bool) -> int:
+    """What goes through the tokens a few at a time, GELU's derivative (where it is kept) and the norms, and the attention photo by
     photo: q, k, v and their gradients, the output and its."""
     d, m = load.geometry.width, load.geometry.mlp_width
     rows = micro_batch * load.tokens
     largest = max((rank or 0) * out for (out, _), rank in _with_rank(load))  # a factor times LayerScale
-    few = 2 * m * min(rows, GELU_ROWS) + 2 * d * min(rows, NORM_ROWS) + load.tokens * 8 * d
+    few = (2 * m * min(rows, GELU_ROWS) if compact else 0) + 2 * d * min(rows, NORM_ROWS) + load.tokens * 8 * d
     return FLOAT * (few + (largest if load.geometry.layer_scale else 0))
 
 
@@ -138,7 +138,7 @@ def training_items(load: Workload, micro_batch: int, recomputed_blocks: int, car
     kept = kept_blocks * saved_bytes_per_token(load, compact=True)
     if recomputed_blocks:
         kept += recomputed_blocks * FLOAT * geometry.width + saved_bytes_per_token(load, compact=False)
-    at_work = tokens * shared_bytes_per_token(load) + scratch_bytes(load, micro_batch)
+    at_work = tokens * shared_bytes_per_token(load) + scratch_bytes(load, micro_batch, compact=kept_blocks > 0)
     photos = micro_batch * (load.augment_photo_bytes * 2 + 3 * load.image_size**2 * (FLOAT + 1))
     items = [
         Item("weights (factors)", linears * FLOAT),

@@ -35,9 +35,13 @@ EVALUATION_BATCH = 8
 
 @dataclass(frozen=True)
 class Base:
-    """Bytes of the process without the run's own tensors: just after importing torch, and from then on."""
+    """Bytes of the process that no plan can change.
 
-    after_import: int
+    start       peak before training begins: while torch is imported, while a dense checkpoint is converted
+    steady      from then on, without the run's own tensors
+    """
+
+    start: int
     steady: int
 
 
@@ -170,8 +174,8 @@ def _plan(
             steps * speed.update_seconds * (1.0 if carried_grams else REBUILD_COST) + work.num_train * infer_seconds
         )
     items = [Item("interpreter and libraries (measured)", base.steady), *items]
-    if total(items) < base.after_import:
-        items = [Item("interpreter and libraries while they are imported (measured)", base.after_import)]
+    if total(items) < base.start:
+        items = [Item("importing the libraries or converting the model", base.start)]
     return Plan(
         method=load.method,
         image_size=load.image_size,

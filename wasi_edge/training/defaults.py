@@ -12,7 +12,7 @@ LABEL_SMOOTHING = 0.1
 DENSE_RATE = {"wasi": 0.25, "vanilla": 1.0, "head": 0.0}
 HEAD_RATE = {"wasi": 1.0, "vanilla": 1.0, "head": 0.0}
 
-_EPOCHS = {"wasi": 8, "vanilla": 8, "head": 0}
+_EPOCHS = {"wasi": 6, "vanilla": 6, "head": 0}
 _LEARNING_RATE = {"wasi": 4e-5, "vanilla": 5e-5, "head": 0.0}
 
 

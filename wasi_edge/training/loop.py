@@ -210,6 +210,24 @@ def _out_of_time(settings: LoopSettings, hooks: Hooks, progress: Progress, held_
     return hooks.elapsed() + closing >= settings.max_seconds
 
 
+def note_epoch(
+    progress: Progress, epoch: float, validation: Validation, seconds: float, peak_bytes: int
+) -> dict[str, Any]:
+    """Add an entry to the history and return it; training figures are None before the first step."""
+    entry = {
+        "epoch": epoch,
+        "train_loss": progress.loss_sum / max(progress.weight_sum, 1e-12) if progress.seen else None,
+        "train_accuracy": progress.correct / progress.seen if progress.seen else None,
+        "val_accuracy": validation.accuracy,
+        "val_loss": validation.loss,
+        "steps": progress.step,
+        "seconds": round(seconds, 1),
+        "peak_rss_bytes": peak_bytes,
+    }
+    progress.history.append(entry)
+    return entry
+
+
 def _end_epoch(
     trainer: Trainer,
     held_out: PhotoSet,
@@ -221,17 +239,7 @@ def _end_epoch(
 ) -> None:
     """Validate, note the history, keep the model if it is the best so far."""
     result = validate(trainer, held_out, events)
-    entry = {
-        "epoch": round(progress.epoch - 1 + share, 3),
-        "train_loss": progress.loss_sum / max(progress.weight_sum, 1e-12),
-        "train_accuracy": progress.correct / max(progress.seen, 1),
-        "val_accuracy": result.accuracy,
-        "val_loss": result.loss,
-        "steps": progress.step,
-        "seconds": round(hooks.elapsed(), 1),
-        "peak_rss_bytes": hooks.peak_bytes(),
-    }
-    progress.history.append(entry)
+    entry = note_epoch(progress, round(progress.epoch - 1 + share, 3), result, hooks.elapsed(), hooks.peak_bytes())
     if result.accuracy is None or result.loss is None:
         better = True  # nothing to choose by: the last one counts
     else:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wasi_edge.artefact import ModelConfig, is_artefact, read_config
+from wasi_edge.conversion.budget import FEWEST_PHOTOS, conversion_bytes
 from wasi_edge.conversion.sources import open_source
 from wasi_edge.data.folder import PhotoFolder, scan_folder
 from wasi_edge.errors import UnreadablePhoto, UsageError
@@ -57,6 +58,7 @@ class Prepared:
     model: ModelChoice
     folder: PhotoFolder
     labels: tuple[str, ...]
+    base: Base
     plan: Plan
     work: Work
     ranks: dict[str, int | None]
@@ -97,10 +99,14 @@ def prepare(request: FinetuneRequest, events: Events) -> Prepared:
         probe.train_seconds, probe.infer_seconds, probe.update_seconds, _decode_seconds(folder, model) / threads
     )
     own = read_memory().rss_bytes
-    base = Base(after_import=own + probe.import_bytes, steady=own + probe.torch_bytes)
+    base = Base(start=own + probe.import_bytes, steady=own + probe.torch_bytes)
+    if model.convert_epsilon is not None:
+        fewest = min(work.num_train, FEWEST_PHOTOS)
+        converting = conversion_bytes(model.geometry, load.image_size, fewest, base.steady)
+        base = dataclasses.replace(base, start=max(base.start, converting))
     plan = choose_plan(load, work, base, request.budget_bytes, speed)
     events.planned(plan.to_dict(), request.budget_bytes, plan.peak_bytes, plan.seconds)
-    return Prepared(request, model, folder, labels, plan, work, ranks, threads)
+    return Prepared(request, model, folder, labels, base, plan, work, ranks, threads)
 
 
 def choose_model(request: FinetuneRequest) -> ModelChoice:

@@ -26,7 +26,7 @@ from wasi_edge.training import defaults, result, setup
 from wasi_edge.training.checkpoint import Checkpoint, drop_checkpoints, latest_checkpoint, save_checkpoint
 from wasi_edge.training.cooling import Cooler
 from wasi_edge.training.head import FeatureStatistics, Head, fit_head
-from wasi_edge.training.loop import Hooks, LoopSettings, Progress, Validation, train, validate
+from wasi_edge.training.loop import Hooks, LoopSettings, Progress, Validation, note_epoch, train, validate
 from wasi_edge.training.photos import PhotoSet
 from wasi_edge.training.prepare import Prepared
 from wasi_edge.training.report_keys import base_report
@@ -156,17 +156,7 @@ class Session:
         self._head_accuracy = validation.accuracy
         progress.best_accuracy = -1.0 if validation.accuracy is None else validation.accuracy
         progress.best_loss = math.inf if validation.loss is None else validation.loss
-        entry = {
-            "epoch": 0,
-            "train_loss": None,
-            "train_accuracy": None,
-            "val_accuracy": validation.accuracy,
-            "val_loss": validation.loss,
-            "steps": 0,
-            "seconds": round(self._elapsed(), 1),
-            "peak_rss_bytes": self._watch.peak_rss_bytes,
-        }
-        progress.history.append(entry)
+        entry = note_epoch(progress, 0, validation, self._elapsed(), self._watch.peak_rss_bytes)
         setup.save_model(trainer, self._config, self._out)
         self._events.epoch(entry)
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from wasi_edge.artefact import ModelConfig, open_artefact, write_artefact
-from wasi_edge.conversion.convert import Calibration, Settings, convert, spread
+from wasi_edge.conversion.budget import calibration_photos
+from wasi_edge.conversion.calibration import spread
+from wasi_edge.conversion.convert import Calibration, Settings, convert
 from wasi_edge.conversion.factorise import factorise
 from wasi_edge.conversion.sources import open_source
 from wasi_edge.layers.saving import Keep
@@ -24,15 +26,12 @@ from wasi_edge.training.prepare import Prepared
 from wasi_edge.training.request import Events, Method
 from wasi_edge.training.trainer import FrozenTrainer, Recipe, Trainer, VanillaTrainer, WasiTrainer
 
-# tokens of the calibration photos wait in float16 while a dense network is factored
-_CALIBRATION_BYTES = 48 * 2**20
-
 
 def convert_for(prepared: Prepared, photos: PhotoSet, out: Path, events: Events) -> None:
     """Factor the dense checkpoint of this run, calibrated on its own training photos, into the folder `out`."""
     geometry, size = prepared.model.geometry, prepared.model.preprocessing.image_size
-    photo_bytes = geometry.tokens(size) * geometry.width * 2
-    chosen = spread(len(photos), max(8, min(512, _CALIBRATION_BYTES // photo_bytes)))
+    budget = max(prepared.request.budget_bytes, prepared.base.start)
+    chosen = spread(len(photos), calibration_photos(geometry, size, len(photos), budget, prepared.base.steady))
     assert prepared.model.convert_epsilon is not None
     settings = Settings(prepared.model.convert_epsilon, "float32", size, always_factor=True)
     events.stage("factoring", geometry.depth)
