@@ -116,8 +116,8 @@ def shared_bytes_per_token(load: Workload) -> int:
 
 
 def scratch_bytes(load: Workload, micro_batch: int, compact: bool) -> int:
-    """What goes through the tokens a few at a time, GELU's derivative (where it is kept) and the norms, and the attention photo by
-    photo: q, k, v and their gradients, the output and its."""
+    """What goes through the tokens a few at a time, GELU's derivative (where it is kept) and the norms, and the
+    attention photo by photo: q, k, v and their gradients, the output and its."""
     d, m = load.geometry.width, load.geometry.mlp_width
     rows = micro_batch * load.tokens
     largest = max((rank or 0) * out for (out, _), rank in _with_rank(load))  # a factor times LayerScale
