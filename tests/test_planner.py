@@ -21,7 +21,7 @@ from wasi_edge.layers.saving import Keep
 from wasi_edge.models.geometry import ViTGeometry
 from wasi_edge.models.vanilla import VanillaViT
 from wasi_edge.models.vit import build_vit
-from wasi_edge.planner.memory import Item, Workload, total, training_items, update_state_bytes, weight_counts
+from wasi_edge.planner.memory import Choices, Item, Workload, total, training_items, update_state_bytes, weight_counts
 from wasi_edge.planner.plan import MICRO_BATCHES, Base, Plan, Speed, Work, candidates, choose_plan
 from wasi_edge.training.factor_update import FactorUpdate
 from wasi_edge.training.trainer import Recipe, WasiTrainer
@@ -43,11 +43,14 @@ def workload(
     return Workload(geometry, image_size, ranks, 3, method, gradient_rank, augment_photo_bytes=0)
 
 
-def small_trainer(micro_batch: int, recomputed: int, rank: int = 30, gradient_rank: int = 8) -> WasiTrainer:
+def small_trainer(choices: Choices, rank: int = 30, gradient_rank: int = 8) -> WasiTrainer:
     ranks, tensors = random_tensors(SMALL, rank, 3, dtype=torch.float32)
+    if choices.weight_bits == 16:
+        tensors = {k: v.half() if k.endswith((".left", ".right")) else v for k, v in tensors.items()}
     model = build_vit(SMALL, ranks, tensors.__getitem__, 28, head=True)
+    recomputed = choices.recomputed_blocks
     keeps = [Keep.COMPACT] * (SMALL.depth - recomputed) + [Keep.RECOMPUTE] * recomputed
-    return WasiTrainer(model, RECIPE, keeps, gradient_rank, seed=0)
+    return WasiTrainer(model, RECIPE, keeps, gradient_rank, seed=0, carry_grams=choices.carried_grams)
 
 
 def train(trainer: WasiTrainer, micro_batch: int, steps: int) -> None:
@@ -105,11 +108,13 @@ def test_update_state_is_counted_to_the_byte(gradient_rank):
     assert update_state_bytes(load) == sum(value.nbytes for value in rule.state().values())
 
 
+@pytest.mark.parametrize("bits", [32, 16])
 @pytest.mark.parametrize(("micro_batch", "recomputed"), [(1, 0), (4, 0), (4, 1), (4, 3), (9, 2)])
-def test_planned_buffers_cover_those_of_the_engine_by_at_most_a_third(micro_batch, recomputed):
-    trainer = small_trainer(micro_batch, recomputed)
+def test_planned_buffers_cover_those_of_the_engine_by_at_most_a_third(micro_batch, recomputed, bits):
+    choices = Choices(micro_batch=micro_batch, recomputed_blocks=recomputed, weight_bits=bits, carried_grams=bits == 32)
+    trainer = small_trainer(choices)
     train(trainer, micro_batch, 1)
-    items = training_items(workload(SMALL, 30, 28, gradient_rank=8), micro_batch, recomputed)
+    items = training_items(workload(SMALL, 30, 28, gradient_rank=8), choices)
     planned = bytes_of(items, "kept for", "buffers of")
     assert trainer.held_bytes() <= planned <= 1.35 * trainer.held_bytes()
 
@@ -123,12 +128,14 @@ def peak_of_allocations(trainer: WasiTrainer, micro_batch: int) -> int:
     return max(itertools.accumulate(change for _, change in sorted(changes, key=lambda pair: pair[0])))
 
 
+@pytest.mark.parametrize("bits", [32, 16])
 @pytest.mark.parametrize(("micro_batch", "recomputed"), [(2, 0), (8, 0), (8, 2), (8, 3)])
-def test_planned_items_cover_every_allocation_of_a_step_by_at_most_a_quarter(micro_batch, recomputed):
+def test_planned_items_cover_every_allocation_of_a_step_by_at_most_a_quarter(micro_batch, recomputed, bits):
     """Without the headroom; the weights were there before and the photos are smaller than a block's input."""
-    trainer = small_trainer(micro_batch, recomputed)
+    choices = Choices(micro_batch=micro_batch, recomputed_blocks=recomputed, weight_bits=bits, carried_grams=bits == 32)
+    trainer = small_trainer(choices)
     peak = peak_of_allocations(trainer, micro_batch)
-    items = training_items(workload(SMALL, 30, 28, gradient_rank=8), micro_batch, recomputed)
+    items = training_items(workload(SMALL, 30, 28, gradient_rank=8), choices)
     planned = bytes_of(items, "gradients", "optimiser", "kept for", "buffers of", "photos")
     assert peak <= planned <= 1.25 * peak
 
@@ -193,6 +200,8 @@ def test_a_smaller_budget_recomputes_more_takes_fewer_photos_or_rebuilds_grams(n
                 tight.micro_batch < wide.micro_batch
                 or tight.recomputed_blocks > wide.recomputed_blocks
                 or tight.carried_grams < wide.carried_grams
+                or tight.weight_bits < wide.weight_bits
+                or tight.reused_heap < wide.reused_heap
             )
             assert tight.peak_bytes < wide.peak_bytes
     assert changes > 0

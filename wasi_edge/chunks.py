@@ -15,3 +15,5 @@ HEAD_ROWS = 128
 CONVERSION_PHOTOS = 8
 # inputs beyond which a calibration moment is kept in float32
 WIDE_INPUT = 1024
+# rows of a factor that share one buffer of random bits while they are rounded
+ROUNDING_ROWS = 128

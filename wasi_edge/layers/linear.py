@@ -72,6 +72,7 @@ class DenseLinear:
 class WasiLinear:
     """y = (x R^T) L^T + b. `params`: left (O, K), right (K, I), bias (O,), perhaps scale (O,).
 
+    Factors in float16 are widened into two shared buffers each time they are used: products are always in x's type.
     `basis` (I, r) and `token_weight` (N,) are training state, None until `start_training`.
     """
 
@@ -95,9 +96,10 @@ class WasiLinear:
     def start_training(self, gradient_rank: int, tokens: int, generator: torch.Generator) -> None:
         """A random basis of rank min(gradient_rank, I), improved by the first refresh; equal token weights."""
         right = self.params["right"]
+        dtype = torch.float32 if right.dtype is torch.float16 else right.dtype
         rank = min(gradient_rank, right.shape[1])
-        self.basis = tucker.initial_basis(right.shape[1], rank, generator, right.dtype)
-        self.token_weight = torch.ones(tokens, dtype=right.dtype)
+        self.basis = tucker.initial_basis(right.shape[1], rank, generator, dtype)
+        self.token_weight = torch.ones(tokens, dtype=dtype)
         self._cold = True
 
     def training_state(self) -> tuple[Tensor, Tensor, bool]:
@@ -113,10 +115,10 @@ class WasiLinear:
         self, x: Tensor, tokens: int, run: Pass, save_as: str | None, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """(T, I) -> (T, O), into `out` if given; T = B * `tokens`. With `save_as`, keeps z (T, r)."""
-        right = self.params["right"]
+        left, right = self._factors(x.dtype, run)
         hidden = run.workspace.take("linear.hidden", (x.shape[0], right.shape[0]), x.dtype)
         torch.mm(x, right.t(), out=hidden)  # (T, I) @ (I, K) -> (T, K)
-        y = _affine(hidden, self.params["left"], self.params.get("bias"), out)  # (T, K) @ (K, O) -> (T, O)
+        y = _affine(hidden, left, self.params.get("bias"), out)  # (T, K) @ (K, O) -> (T, O)
         if "scale" in self.params:
             y.mul_(self.params["scale"])
         return y, None if save_as is None else self.save(x, tokens, run, save_as)
@@ -133,7 +135,7 @@ class WasiLinear:
         self, saved: Tensor, dy: Tensor, tokens: int, run: Pass, out: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(T, O) -> gradient of x (T, I), into `out` if given; `projected` P (O, r) and the dense parameters'."""
-        left, right = self.params["left"], self.params["right"]
+        left, right = self._factors(dy.dtype, run)
         assert self.basis is not None
         self._learn_token_weight(dy, tokens)
         projected = dy.t() @ saved  # (O, T) @ (T, r) -> (O, r)
@@ -153,6 +155,14 @@ class WasiLinear:
         dhidden = run.workspace.take("linear.hidden", (dy.shape[0], right.shape[0]), dy.dtype)
         torch.mm(dy, left, out=dhidden)  # (T, O) @ (O, K) -> (T, K)
         return torch.mm(dhidden, right, out=out), grads  # (T, K) @ (K, I) -> (T, I)
+
+    def _factors(self, dtype: torch.dtype, run: Pass) -> tuple[Tensor, Tensor]:
+        """L (O, K) and R (K, I) in `dtype`."""
+        left, right = self.params["left"], self.params["right"]
+        if left.dtype is dtype:
+            return left, right
+        keep = run.workspace.keep
+        return keep("linear.left", left, dtype), keep("linear.right", right, dtype)
 
     def _refresh_basis(self, x: Tensor, tokens: int) -> None:
         assert self.basis is not None and self.token_weight is not None

@@ -25,8 +25,10 @@ from wasi_edge.memory.hardware import physical_cores
 THRESHOLD_BYTES = 128 * 2**10
 _REUSE_BELOW_BYTES = 2 * 2**20
 _REUSE_UP_TO_BYTES = 16 * 2**20
+_ANY_BYTES = 2**31 - 1
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_MMAP_MAX = -4
 _M_ARENA_MAX = -8
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -44,10 +46,10 @@ def tune_malloc() -> bool:
     return all([libc.mallopt(name, value) == 1 for name, value in settings])  # every one is tried
 
 
-def reuse_freed_memory() -> bool:
+def reuse_freed_memory(any_size: bool = False) -> bool:
     """Serves blocks up to 2 MB from the heap again, which keeps up to 16 MB of what is freed at its top.
 
-    False where the C library is not glibc.
+    With `any_size` everything is served from the heap and nothing given back. False where there is no glibc.
 
     To be called when all that stays has been allocated: what comes later and stays may pin freed blocks below it.
     """
@@ -55,6 +57,8 @@ def reuse_freed_memory() -> bool:
     if libc is None:
         return False
     settings = ((_M_MMAP_THRESHOLD, _REUSE_BELOW_BYTES), (_M_TRIM_THRESHOLD, _REUSE_UP_TO_BYTES))
+    if any_size:
+        settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _ANY_BYTES))
     return all([libc.mallopt(name, value) == 1 for name, value in settings])
 
 

@@ -18,6 +18,8 @@ FLOAT = 4
 # Rounding of every buffer to pages, Python objects, and what malloc loses between blocks.
 HEAP_SLACK_BYTES = 6 * 2**20
 HEAP_SLACK_SHARE = 0.03
+# What autograd's tape takes more where the heap serves it: 1,547 MB against 814 in all, measured (DESIGN.md, 3).
+HEAP_GAP_SHARE = 1.3
 # float64 (K, K) alive at once in `subspace.weight.update_weight`
 UPDATE_MATRICES = 8
 
@@ -42,6 +44,25 @@ class Workload:
     def tokens(self) -> int:
         """N, tokens per photo."""
         return self.geometry.tokens(self.image_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What the planner is free to decide about a run of `wasi`.
+
+    micro_batch         photos that pass forward and backward together
+    recomputed_blocks   blocks, counted from the end, that keep their input alone
+    carried_grams       hold the Gram matrices of the factors instead of rebuilding them at every step
+    weight_bits         32, or 16: factors in float16, rounded stochastically
+    reused_heap         freed blocks stay in the process and are used again: autograd's tape then faults no pages, but
+                        its many sizes leave gaps (the explicit engine's few small blocks do not: always on)
+    """
+
+    micro_batch: int
+    recomputed_blocks: int = 0
+    carried_grams: bool = True
+    weight_bits: int = 32
+    reused_heap: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,9 +105,12 @@ def update_state_bytes(load: Workload, carried_grams: bool = True) -> int:
     return state
 
 
-def update_scratch_bytes(load: Workload) -> int:
-    """What the update of the linear at work needs beside its state: float64 (K, K) matrices."""
-    return UPDATE_MATRICES * max((rank or 0) ** 2 for rank in load.ranks.values()) * 2 * FLOAT
+def update_scratch_bytes(load: Workload, weight_bits: int) -> int:
+    """What the update of the linear at work needs beside its state: float64 (K, K) matrices, widened factors."""
+    matrices = UPDATE_MATRICES * max((rank or 0) ** 2 for rank in load.ranks.values()) * 2 * FLOAT
+    if weight_bits == 32:
+        return matrices
+    return matrices + max((out + inner) * (rank or 0) for (out, inner), rank in _with_rank(load)) * FLOAT
 
 
 def saved_bytes_per_token(load: Workload, compact: bool) -> float:
@@ -125,9 +149,19 @@ def scratch_bytes(load: Workload, micro_batch: int, compact: bool) -> int:
     return FLOAT * (few + (largest if load.geometry.layer_scale else 0))
 
 
-def training_items(load: Workload, micro_batch: int, recomputed_blocks: int, carried_grams: bool = True) -> list[Item]:
+def widened_bytes(load: Workload, weight_bits: int) -> int:
+    """The two buffers in which 16-bit factors of the layer at work are widened."""
+    if weight_bits == 32:
+        return 0
+    shapes = _with_rank(load)
+    left = max(out * (rank or 0) for (out, _), rank in shapes)
+    right = max(inner * (rank or 0) for (_, inner), rank in shapes)
+    return (left + right) * FLOAT
+
+
+def training_items(load: Workload, choices: Choices) -> list[Item]:
     """Memory of a run of `wasi` beyond the base, item by item."""
-    geometry = load.geometry
+    geometry, micro_batch, recomputed_blocks = load.geometry, choices.micro_batch, choices.recomputed_blocks
     linears, others = weight_counts(load)
     tokens = micro_batch * load.tokens
     small_gradients = sum(
@@ -139,14 +173,17 @@ def training_items(load: Workload, micro_batch: int, recomputed_blocks: int, car
     if recomputed_blocks:
         kept += recomputed_blocks * FLOAT * geometry.width + saved_bytes_per_token(load, compact=False)
     at_work = tokens * shared_bytes_per_token(load) + scratch_bytes(load, micro_batch, compact=kept_blocks > 0)
+    at_work += widened_bytes(load, choices.weight_bits)
     photos = micro_batch * (load.augment_photo_bytes * 2 + 3 * load.image_size**2 * (FLOAT + 1))
     items = [
-        Item("weights (factors)", linears * FLOAT),
+        Item(f"weights (factors, {choices.weight_bits} bits)", linears * choices.weight_bits // 8),
         Item("weights (norms, biases, embeddings, head)", others * FLOAT),
         Item("gradients (P, U, dense parameters)", (small_gradients + others) * FLOAT),
         Item(
             "optimiser state (momentum, Gram matrices, moments)",
-            update_state_bytes(load, carried_grams) + update_scratch_bytes(load) + others * 2 * FLOAT,
+            update_state_bytes(load, choices.carried_grams)
+            + update_scratch_bytes(load, choices.weight_bits)
+            + others * 2 * FLOAT,
         ),
         Item("kept for the backward pass", int(tokens * kept)),
         Item("buffers of the layer at work", at_work),
@@ -155,34 +192,41 @@ def training_items(load: Workload, micro_batch: int, recomputed_blocks: int, car
     return _with_slack(items)
 
 
-def vanilla_items(load: Workload, micro_batch: int) -> list[Item]:
+def vanilla_items(load: Workload, choices: Choices) -> list[Item]:
     """Memory of a run of `vanilla` beyond the base: dense weights, gradients, two moments, autograd's tape."""
     geometry = load.geometry
     d, m, heads = geometry.width, geometry.mlp_width, geometry.heads
     linears, others = weight_counts(load)
-    tokens = micro_batch * load.tokens
     per_block = 2 * (d + 2) + 3 * d + d + heads + 2 * d + m + m + (2 * d if geometry.layer_scale else 0) + 2 * d
     transient = 2 * m + 6 * d
+    micro_batch = choices.micro_batch
+    tokens = micro_batch * load.tokens
+    tape = tokens * (per_block * geometry.depth + transient) * FLOAT
     items = [
         Item("weights (dense)", (linears + others) * FLOAT),
         Item("gradients", (linears + others) * FLOAT),
         Item("optimiser state", (linears + others) * 2 * FLOAT),
         Item("kept for the backward pass", tokens * per_block * geometry.depth * FLOAT),
         Item("tensors of the layer at work", tokens * transient * FLOAT),
+        Item("gaps in the heap", int(HEAP_GAP_SHARE * tape) if choices.reused_heap else 0),
         Item("photos of a micro-batch", micro_batch * (2 * load.augment_photo_bytes + 15 * load.image_size**2)),
     ]
     return _with_slack(items)
 
 
-def head_items(load: Workload, micro_batch: int, num_photos: int, carried_grams: bool = False) -> list[Item]:
-    """Memory of a run of `head` beyond the base: weights, one forward pass, and the features' statistics."""
+def head_items(load: Workload, micro_batch: int, num_photos: int, trained: Choices | None = None) -> list[Item]:
+    """Memory of a run of `head` beyond the base: weights, one forward pass, and the features' statistics.
+
+    `trained`: how the network will be trained afterwards, for what exists by then.
+    """
     linears, others = weight_counts(load)
     tokens = micro_batch * load.tokens
-    # the trainer exists by then
-    grams = update_state_bytes(load, True) - update_state_bytes(load, False) if carried_grams else 0
+    carried = trained is not None and trained.carried_grams
+    grams = update_state_bytes(load, True) - update_state_bytes(load, False) if carried else 0
+    bits = 32 if trained is None else trained.weight_bits
     items = [
-        Item("weights", (linears + others) * FLOAT),
-        Item("buffers of the layer at work", tokens * forward_bytes_per_token(load)),
+        Item("weights", linears * bits // 8 + others * FLOAT),
+        Item("buffers of the layer at work", tokens * forward_bytes_per_token(load) + widened_bytes(load, bits)),
         Item("Gram matrices of the factors, if carried", grams),
         Item("features and the closed-form fit", head_fit_bytes(load, num_photos)),
         Item("photos of a micro-batch", micro_batch * (2 * load.augment_photo_bytes + 15 * load.image_size**2)),

@@ -7,12 +7,14 @@ gradient steps. Decoding adapts itself to what is left of the budget; the other 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from wasi_edge.errors import BudgetInfeasible
 from wasi_edge.planner.memory import (
+    Choices,
     Item,
     Workload,
     head_items,
@@ -24,12 +26,20 @@ from wasi_edge.planner.memory import (
 from wasi_edge.units import format_size
 
 MICRO_BATCHES = (16, 12, 8, 6, 4, 3, 2, 1)
-# A block that is recomputed runs forward once more, fc2's product excepted. An estimate, not fitted yet.
-RECOMPUTE_COST = 0.30
-# Per-call overhead of a micro-batch, in units of the time of one photo. An estimate, not fitted yet.
-MICRO_BATCH_OVERHEAD = 0.25
-# An update that rebuilds the Gram matrices of the factors instead of carrying them. An estimate, not fitted yet.
-REBUILD_COST = 1.7
+# Ratios fitted to `benchmarks/plan_costs.py` (ViT-S/14, 168 px, two cores).
+# A block that is recomputed runs forward once more, fc2's product excepted: 1.32 measured.
+RECOMPUTE_COST = 0.32
+# Per-call overhead of a micro-batch, in units of the time of one photo: 1.57, 1.22, 1.03 measured for 1, 2, 4 photos
+# against 8, where this gives 1.53, 1.23, 1.08.
+MICRO_BATCH_OVERHEAD = 0.65
+# An update that rebuilds the Gram matrices of the factors instead of carrying them: 1.49 measured.
+REBUILD_COST = 1.5
+# One that also rounds factors to 16 bits, and widening them for a pass, in photo times at the probe's size.
+ROUNDING_COST = 1.8
+WIDENING_COST = 0.2
+# Autograd's tape in memory that is mapped anew each time: 150 ms a photo without, 265 with.
+FAULT_COST = 1.75
+_PROBED_PHOTOS, _PROBED_TOKENS = 4, 145
 EVALUATION_BATCH = 8
 
 
@@ -65,8 +75,8 @@ class Work:
     batch: int
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(Choices):
     """A run that fits.
 
     `peak_bytes` is the predicted peak of the whole process; `items` say where it goes, the base first.
@@ -74,10 +84,7 @@ class Plan:
 
     method: str
     image_size: int
-    micro_batch: int
     accumulation: int
-    recomputed_blocks: int
-    carried_grams: bool
     gradient_rank: int
     epochs: int
     peak_bytes: int
@@ -94,6 +101,8 @@ class Plan:
             "keep": "compact" if self.method == "wasi" else "everything" if self.method == "vanilla" else "nothing",
             "recomputed_blocks": self.recomputed_blocks,
             "carried_grams": self.carried_grams,
+            "weight_bits": self.weight_bits,
+            "reused_heap": self.reused_heap,
             "gradient_rank": self.gradient_rank,
             "epochs": self.epochs,
             "memory": [{"item": item.item, "bytes": item.bytes} for item in self.items],
@@ -125,67 +134,70 @@ def smallest_budget(plans: list[Plan]) -> int:
 def candidates(load: Workload, work: Work, base: Base, speed: Speed) -> Iterator[Plan]:
     """Every way to run this, with its predicted peak and time."""
     num_photos = work.num_train + work.num_val
-    if load.method == "head":
-        for size in MICRO_BATCHES:
-            if size > EVALUATION_BATCH:
-                continue
-            head = head_items(load, size, num_photos)
-            yield _plan(load, work, base, speed, size, 0, head, head)
-        return
     for size in MICRO_BATCHES:
-        if size > work.batch:
-            continue
         evaluated = min(size, EVALUATION_BATCH)
-        if load.method == "vanilla":
+        if load.method == "head" and size <= EVALUATION_BATCH:
+            for bits in (32, 16) if all(load.ranks.values()) else (32,):
+                choices = Choices(micro_batch=size, carried_grams=False, weight_bits=bits)
+                head = head_items(load, size, num_photos, choices)
+                yield _plan(load, work, base, speed, choices, head, head)
+        elif load.method == "vanilla" and size <= work.batch:
             head = head_items(load, evaluated, num_photos)
-            yield _plan(load, work, base, speed, size, 0, vanilla_items(load, size), head)
-            continue
-        for again in range(load.geometry.depth + 1):
-            for carried in (True, False):
-                head = head_items(load, evaluated, num_photos, carried)
-                items = training_items(load, size, again, carried)
-                yield _plan(load, work, base, speed, size, again, items, head, carried)
+            for reused in (True, False):
+                choices = Choices(micro_batch=size, reused_heap=reused)
+                yield _plan(load, work, base, speed, choices, vanilla_items(load, choices), head)
+        elif load.method == "wasi" and size <= work.batch:
+            for again in range(load.geometry.depth + 1):
+                for carried, bits in ((True, 32), (False, 32), (False, 16)):
+                    choices = Choices(
+                        micro_batch=size, recomputed_blocks=again, carried_grams=carried, weight_bits=bits
+                    )
+                    head = head_items(load, evaluated, num_photos, choices)
+                    yield _plan(load, work, base, speed, choices, training_items(load, choices), head)
 
 
 def _plan(
-    load: Workload,
-    work: Work,
-    base: Base,
-    speed: Speed,
-    micro_batch: int,
-    recomputed: int,
-    train: list[Item],
-    head: list[Item],
-    carried_grams: bool = True,
+    load: Workload, work: Work, base: Base, speed: Speed, choices: Choices, train: list[Item], head: list[Item]
 ) -> Plan:
     items = max(train, head, key=total)
     if load.method != "head" and load.ranks and any(rank is None for rank in load.ranks.values()):
         # multiplying factors out, or truncating a dense layer, holds one dense weight twice
         items = [*items, Item("one dense weight while loading", largest_linear_bytes(load))]
-    accumulation = math.ceil(work.batch / micro_batch)
-    steps = work.epochs * math.ceil(work.num_train / work.batch)
-    overhead = (1 + MICRO_BATCH_OVERHEAD / micro_batch) / (1 + MICRO_BATCH_OVERHEAD / 4)
-    slowdown = overhead * (1 + RECOMPUTE_COST * recomputed / load.geometry.depth)
-    infer_seconds = speed.infer_seconds * overhead
-    seconds = (work.num_train + work.num_val) * (speed.decode_seconds + infer_seconds)
-    if load.method != "head":
-        seconds += work.epochs * (work.num_train * speed.train_seconds * slowdown + work.num_val * infer_seconds)
-        seconds += (
-            steps * speed.update_seconds * (1.0 if carried_grams else REBUILD_COST) + work.num_train * infer_seconds
-        )
     items = [Item("interpreter and libraries (measured)", base.steady), *items]
     if total(items) < base.start:
         items = [Item("importing the libraries or converting the model", base.start)]
+    is_head = load.method == "head"
     return Plan(
+        **dataclasses.asdict(choices),
         method=load.method,
         image_size=load.image_size,
-        micro_batch=micro_batch,
-        accumulation=accumulation if load.method != "head" else 1,
-        recomputed_blocks=recomputed,
-        carried_grams=carried_grams,
+        accumulation=1 if is_head else math.ceil(work.batch / choices.micro_batch),
         gradient_rank=load.gradient_rank,
-        epochs=work.epochs if load.method != "head" else 0,
+        epochs=0 if is_head else work.epochs,
         peak_bytes=total(items),
-        seconds=seconds,
+        seconds=_seconds(load, work, speed, choices),
         items=tuple(items),
     )
+
+
+def _seconds(load: Workload, work: Work, speed: Speed, choices: Choices) -> float:
+    """How long the whole run takes."""
+    widening = WIDENING_COST * _PROBED_TOKENS / load.tokens if choices.weight_bits == 16 else 0.0
+    infer_seconds = speed.infer_seconds * _overhead(choices.micro_batch, widening)
+    seconds = (work.num_train + work.num_val) * (speed.decode_seconds + infer_seconds)
+    if load.method == "head":
+        return seconds
+    slowdown = _overhead(choices.micro_batch, widening)
+    slowdown *= 1.0 if choices.reused_heap else FAULT_COST
+    slowdown *= 1 + RECOMPUTE_COST * choices.recomputed_blocks / load.geometry.depth
+    update = REBUILD_COST if not choices.carried_grams else 1.0
+    if choices.weight_bits == 16:
+        update = ROUNDING_COST
+    seconds += work.epochs * (work.num_train * speed.train_seconds * slowdown + work.num_val * infer_seconds)
+    seconds += work.epochs * math.ceil(work.num_train / work.batch) * speed.update_seconds * update
+    return seconds + work.num_train * infer_seconds
+
+
+def _overhead(micro_batch: int, per_pass: float) -> float:
+    """Time of a photo in micro-batches of this size, relative to the probe's, `per_pass` photo times added to each."""
+    return (1 + (MICRO_BATCH_OVERHEAD + per_pass) / micro_batch) / (1 + MICRO_BATCH_OVERHEAD / _PROBED_PHOTOS)

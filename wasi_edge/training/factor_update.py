@@ -21,6 +21,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from wasi_edge.chunks import ROUNDING_ROWS
 from wasi_edge.layers.linear import WasiLinear
 from wasi_edge.subspace.weight import (
     MAX_CONDITION,
@@ -37,23 +38,32 @@ MOMENTUM = 0.9
 # singular values of M below this share of the largest are noise and are not blown up to one
 POLAR_FLOOR = 1e-3
 ORTHONORMALISE_EVERY = 50
+# of float32's mantissa, that float16 has no room for
+_DROPPED_BITS = 13
 
 
 class FactorUpdate:
     """The state of all low-rank linears: momentum, its basis, and the Gram matrices of the factors.
 
     `carry_grams` False rebuilds the Gram matrices at every step instead of holding them: less memory, more time.
+    Factors in float16 are widened for their update and rounded stochastically, keyed by (seed, step, linear), so that
+    steps far smaller than float16's spacing still add up; their Gram matrices are always those of the rounded factors.
     """
 
-    def __init__(self, linears: Mapping[str, WasiLinear], weight_decay: float, carry_grams: bool = True) -> None:
+    def __init__(
+        self, linears: Mapping[str, WasiLinear], weight_decay: float, carry_grams: bool = True, seed: int = 0
+    ) -> None:
         self._linears = dict(linears)
-        self._carry_grams = carry_grams
+        self._number = {name: index for index, name in enumerate(self._linears)}
+        self._carry_grams, self._seed = carry_grams, seed
         self._weight_decay = weight_decay
         self._packed_grams: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
         self._basis: dict[str, Tensor] = {}
-        for name in self._linears:
-            self._orthonormalise(name)
+        for name, linear in self._linears.items():
+            factors = self._wide_factors(name)
+            self._orthonormalise(name, factors)
+            self._put_back(linear, factors, name, step=0)
 
     def update(self, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
         """One step of linear `name` with P (O, r), which stays as it is. `step` counts from 1."""
@@ -65,18 +75,14 @@ class FactorUpdate:
         else:
             self._momentum[name] = projected * (1 - MOMENTUM)
         momentum, self._basis[name] = self._momentum[name], basis
-        params = self._linears[name].params
-        packed = self._packed_grams.get(name)
-        if packed is None:
-            factors = weight_factors(params["left"], params["right"])
-        else:
-            factors = WeightFactors(params["left"], params["right"], *unpack_grams(packed))
+        factors = self._wide_factors(name)
         size = float(factors.left_gram.mul(factors.right_gram).sum().clamp_min(0).sqrt())  # ||L R||_F
         condition = update_weight(factors, polar_factor(momentum), basis, learning_rate * size, self._weight_decay)
         if step % ORTHONORMALISE_EVERY == 0 or not condition <= MAX_CONDITION:
-            self._orthonormalise(name)
-        elif packed is not None:
-            pack_grams(factors.left_gram, factors.right_gram, out=packed)
+            self._orthonormalise(name, factors)
+        elif name in self._packed_grams:
+            pack_grams(factors.left_gram, factors.right_gram, out=self._packed_grams[name])
+        self._put_back(self._linears[name], factors, name, step)
 
     def state(self) -> dict[str, Tensor]:
         """Momentum, basis and packed Gram matrices as `<kind>.<linear>`."""
@@ -100,15 +106,53 @@ class FactorUpdate:
         self._momentum.clear()
         self._basis.clear()
 
-    def _orthonormalise(self, name: str) -> None:
-        """Rotate the pair of `name` to orthonormal L and diagonal R R^T, in the layer's own tensors."""
-        params = self._linears[name].params
-        pair = orthonormal_pair(params["left"], params["right"])
-        params["left"].copy_(pair.left)
-        params["right"].copy_(pair.right)
-        if self._carry_grams:
+    def _wide_factors(self, name: str) -> WeightFactors:
+        """The layer's own tensors, or widened copies of them, with their Gram matrices, carried or rebuilt."""
+        params, packed = self._linears[name].params, self._packed_grams.get(name)
+        left, right = (_widened(params[key]) for key in ("left", "right"))
+        if packed is None:
+            return weight_factors(left, right)
+        return WeightFactors(left, right, *unpack_grams(packed))
+
+    def _orthonormalise(self, name: str, factors: WeightFactors) -> None:
+        """Rotate the pair of `name` to orthonormal L and diagonal R R^T, in place."""
+        pair = orthonormal_pair(factors.left, factors.right)
+        factors.left.copy_(pair.left)
+        factors.right.copy_(pair.right)
+        if self._carry_grams and not self._is_rounded(name):
             packed = self._packed_grams.get(name)
             self._packed_grams[name] = pack_grams(pair.left_gram, pair.right_gram, out=packed)
+
+    def _put_back(self, linear: WasiLinear, factors: WeightFactors, name: str, step: int) -> None:
+        """Round widened factors into the layer's tensors."""
+        if not self._is_rounded(name):
+            return
+        key = (self._seed * 1_000_003 + step) * len(self._number) + self._number[name]
+        generator = torch.Generator().manual_seed(key & (2**63 - 1))
+        stochastic_round(factors.left, linear.params["left"], generator)
+        stochastic_round(factors.right, linear.params["right"], generator)
+
+    def _is_rounded(self, name: str) -> bool:
+        return self._linears[name].params["left"].dtype is torch.float16
+
+
+def _widened(factor: Tensor) -> Tensor:
+    return factor.float() if factor.dtype is torch.float16 else factor
+
+
+def stochastic_round(values: Tensor, out: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 values into `out`, float16, up or down with the probability that makes the mean exact.
+
+    Random bits are added below the last bit that float16 keeps, and the sum is cut there. `values` is overwritten.
+    Rows far apart share their random bits: each is as random, and drawing them would take longer than the update.
+    Below 6e-5, where float16 has fewer bits, the ordinary rounding of the conversion adds at most 3e-8.
+    """
+    bits = values.view(torch.int32)
+    dropped = 2**_DROPPED_BITS
+    noise = torch.randint(0, dropped, (ROUNDING_ROWS, values.shape[1]), generator=generator, dtype=torch.int32)
+    for rows in bits.split(ROUNDING_ROWS):
+        rows.add_(noise[: len(rows)]).bitwise_and_(-dropped)
+    return out.copy_(values)
 
 
 def polar_factor(matrix: Tensor) -> Tensor:

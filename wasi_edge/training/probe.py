@@ -119,8 +119,7 @@ def _measure(question: dict[str, Any], threads: int, before_bytes: int) -> dict[
     torch.linalg.eigh(square[:_WARM_UP_DECOMPOSITION, :_WARM_UP_DECOMPOSITION].double())
     del square
     warm = read_memory()
-    if question["method"] == "wasi":
-        reuse_freed_memory()  # as the run does after its first step
+    reuse_freed_memory(any_size=question["method"] == "vanilla")  # as the run does after its first step
     geometry = ViTGeometry.from_dict(question["geometry"])
     ranks = question["ranks"] or _ranks(question)
     block_seconds = _train_block if question["method"] == "wasi" else _train_vanilla_block

@@ -65,6 +65,8 @@ def recorded_plan(prepared: Prepared, events: Events) -> tuple[Prepared, bool]:
         accumulation=stored["accumulation"],
         recomputed_blocks=stored["recomputed_blocks"],
         carried_grams=stored["carried_grams"],
+        weight_bits=stored["weight_bits"],
+        reused_heap=stored["reused_heap"],
         gradient_rank=stored["gradient_rank"],
         epochs=stored["epochs"],
         peak_bytes=sum(item.bytes for item in items),

@@ -132,9 +132,8 @@ class Session:
 
     def _settle(self) -> None:
         """After the first step: everything that stays has been made, what the head alone needed is over."""
-        if self._prepared.request.method is Method.WASI:
-            # autograd's tape is no rhythm of few sizes: there the heap would grow instead
-            reuse_freed_memory()
+        if self._prepared.plan.reused_heap:
+            reuse_freed_memory(any_size=self._prepared.request.method is Method.VANILLA)
         release_library_pages()
 
     def _start(self, trainer: Trainer, progress: Progress) -> None:

@@ -108,7 +108,7 @@ def save_model(trainer: Trainer, config: ModelConfig, folder: Path) -> None:
     parameters = trainer.parameters()
     with write_artefact(folder, config) as writer:
         for name in config.tensor_shapes():
-            writer.add(name, parameters[name].contiguous().numpy())
+            writer.add(name, parameters[name].float().contiguous().numpy())
 
 
 def load_parameters(trainer: Trainer, folder: Path) -> None:
@@ -120,7 +120,7 @@ def load_parameters(trainer: Trainer, folder: Path) -> None:
 
 
 def _load_vit(prepared: Prepared, folder: Path, num_classes: int) -> VisionTransformer:
-    """The explicit network, float32, in factors where `prepared.ranks` says so."""
+    """The explicit network, in factors where `prepared.ranks` says so; float32, factors as the plan says."""
     geometry, size = prepared.model.geometry, prepared.model.preprocessing.image_size
     head = {
         "head.weight": torch.zeros(num_classes, geometry.feature_width),
@@ -134,16 +134,20 @@ def _load_vit(prepared: Prepared, folder: Path, num_classes: int) -> VisionTrans
         stored = artefact.config.linears
         truncated: dict[str, Tensor] = {}
 
+        held = np.float16 if prepared.plan.weight_bits == 16 else np.float32
+
         def read_artefact(name: str) -> Tensor:
             if name in head:
                 return head[name]
             linear, _, key = name.rpartition(".")
             rank = prepared.ranks.get(linear)
-            if key in ("left", "right") and rank is not None and stored[linear] is None:
+            if key not in ("left", "right") or rank is None:
+                return torch.from_numpy(artefact.tensors.read(name, np.float32))
+            if stored[linear] is None:
                 if name not in truncated:
                     dense = torch.from_numpy(artefact.tensors.read(f"{linear}.weight", np.float32))
                     truncated[f"{linear}.left"], truncated[f"{linear}.right"] = factorise(dense, rank)
-                return truncated.pop(name)
-            return torch.from_numpy(artefact.tensors.read(name, np.float32))
+                return torch.from_numpy(truncated.pop(name).numpy().astype(held))
+            return torch.from_numpy(artefact.tensors.read(name, held))
 
         return build_vit(geometry, prepared.ranks, read_artefact, size, head=True)

@@ -144,7 +144,7 @@ class WasiTrainer(FrozenTrainer):
                 raise WasiEdgeError(f"{name} is dense: it has to be factored before it can be trained with wasi")
             linear.start_training(gradient_rank, model.tokens, generator)
             self._linears[name] = linear
-        self._factors = FactorUpdate(self._linears, recipe.weight_decay, carry_grams)
+        self._factors = FactorUpdate(self._linears, recipe.weight_decay, carry_grams, seed)
 
     def micro_batch(self, pixels: Tensor, labels: Tensor, weight: Tensor, first: bool, batch: int) -> Loss:
         if first:
