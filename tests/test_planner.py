@@ -270,3 +270,22 @@ def test_time_counts_every_photo_and_every_step_once():
     assert choose_plan(LOADS["vit-s"], WORK, BASE, 4096 * MB, decoding).seconds == 500
     twice = choose_plan(LOADS["vit-s"], dataclasses.replace(WORK, epochs=16), BASE, 4096 * MB, SPEED)
     assert slow.seconds < twice.seconds < 2 * slow.seconds
+
+
+def test_a_plan_says_what_the_next_smaller_and_larger_budgets_would_change():
+    for budget, plan in plans_by_budget("vit-s"):
+        for other in plan.others:
+            assert other != plan
+            # that budget gives that plan, and one megabyte less another
+            assert choose_plan(LOADS["vit-s"], WORK, BASE, other.smallest_budget, SPEED).seconds <= other.seconds
+        smaller = [other for other in plan.others if other.smallest_budget < plan.smallest_budget]
+        larger = [other for other in plan.others if other.smallest_budget > budget]
+        assert len(smaller) <= 1 and len(larger) <= 1 and len(smaller) + len(larger) == len(plan.others)
+        assert all(other.seconds >= plan.seconds for other in smaller)
+        assert all(other.seconds < 0.98 * plan.seconds for other in larger)
+    tight, wide = plans_by_budget("vit-s")[0][1], plans_by_budget("vit-s")[-1][1]
+    assert tight.others and all(other.seconds < tight.seconds for other in tight.others)
+    assert all(other.seconds >= wide.seconds for other in wide.others)
+    stated = wide.to_dict()["other_budgets"]
+    assert isinstance(stated, list) and len(stated) == len(wide.others)
+    assert all(len(entry) > 2 and entry["budget_bytes"] % MB == 0 for entry in stated)

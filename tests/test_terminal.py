@@ -154,3 +154,10 @@ def test_words() -> None:
         ("c", "none"),
         ("d", "yes"),
     ]
+
+
+def test_plan_table_says_what_other_budgets_would_change() -> None:
+    other = {"budget_bytes": 451 * MB, "seconds": 498.0, "micro_batch": 8, "weight_bits": 32}
+    text = shown(plan_table({**PLAN, "other_budgets": [other]}, 384 * MB, 371 * MB, 660.0))
+    assert "with 451 MB" in text and "8.3 min: micro batch 8, weight bits 32" in text
+    assert "other budgets" not in text

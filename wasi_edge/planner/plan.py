@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 from wasi_edge.errors import BudgetInfeasible
 from wasi_edge.planner.memory import (
@@ -41,6 +41,8 @@ WIDENING_COST = 0.2
 FAULT_COST = 1.75
 _PROBED_PHOTOS, _PROBED_TOKENS = 4, 145
 EVALUATION_BATCH = 8
+# share of the time below which another budget is not worth mentioning
+NOTICEABLE = 0.03
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class Work:
 class Plan(Choices):
     """A run that fits.
 
-    `peak_bytes` is the predicted peak of the whole process; `items` say where it goes, the base first.
+    `peak_bytes` is the predicted peak of the whole process; `items` say where it goes, the base first. `others` are
+    the plans that the next smaller and the next larger budget with another outcome would give.
     """
 
     method: str
@@ -90,6 +93,12 @@ class Plan(Choices):
     peak_bytes: int
     seconds: float
     items: tuple[Item, ...]
+    others: tuple[Plan, ...] = field(default=(), compare=False)
+
+    @property
+    def smallest_budget(self) -> int:
+        """The smallest budget, whole MB in bytes, that this plan fits."""
+        return math.ceil(self.peak_bytes / 2**20) * 2**20
 
     def to_dict(self) -> dict[str, object]:
         """What `report.json` says under `plan`."""
@@ -106,7 +115,18 @@ class Plan(Choices):
             "gradient_rank": self.gradient_rank,
             "epochs": self.epochs,
             "memory": [{"item": item.item, "bytes": item.bytes} for item in self.items],
+            "other_budgets": [
+                {
+                    "budget_bytes": other.smallest_budget,
+                    "seconds": round(other.seconds, 1),
+                    **{key: value for key, value in other._choices().items() if value != self._choices()[key]},
+                }
+                for other in self.others
+            ],
         }
+
+    def _choices(self) -> dict[str, object]:
+        return {key.name: getattr(self, key.name) for key in dataclasses.fields(Choices)}
 
 
 def choose_plan(load: Workload, work: Work, base: Base, budget_bytes: int, speed: Speed) -> Plan:
@@ -117,18 +137,28 @@ def choose_plan(load: Workload, work: Work, base: Base, budget_bytes: int, speed
     plans = list(candidates(load, work, base, speed))
     fitting = [plan for plan in plans if plan.peak_bytes <= budget_bytes]
     if not fitting:
-        smallest = smallest_budget(plans)
+        smallest = min(plan.smallest_budget for plan in plans)
         raise BudgetInfeasible(
             f"a budget of {format_size(budget_bytes)} is too small: this run needs at least {format_size(smallest)}; "
             f"try --budget {smallest // 2**20}MB, a smaller --image-size or a smaller model",
             smallest,
         )
-    return min(fitting, key=lambda plan: (plan.seconds, plan.peak_bytes))
+    chosen = _fastest(fitting)
+    return dataclasses.replace(chosen, others=tuple(_neighbours(plans, chosen)))
 
 
-def smallest_budget(plans: list[Plan]) -> int:
-    """The smallest budget that fits one of the plans, rounded up to whole MB."""
-    return math.ceil(min(plan.peak_bytes for plan in plans) / 2**20) * 2**20
+def _fastest(plans: Iterable[Plan]) -> Plan:
+    return min(plans, key=lambda plan: (plan.seconds, plan.peak_bytes))
+
+
+def _neighbours(plans: list[Plan], chosen: Plan) -> Iterator[Plan]:
+    """What the next smaller budget would have to do with, and the first larger one that saves a noticeable time."""
+    smaller = [plan for plan in plans if plan.smallest_budget < chosen.smallest_budget]
+    if smaller:
+        yield _fastest(smaller)
+    faster = [plan for plan in plans if plan.seconds < (1 - NOTICEABLE) * chosen.seconds]
+    if faster:
+        yield min(faster, key=lambda plan: (plan.peak_bytes, plan.seconds))
 
 
 def candidates(load: Workload, work: Work, base: Base, speed: Speed) -> Iterator[Plan]:

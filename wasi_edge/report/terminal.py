@@ -29,6 +29,7 @@ STATUS_WORDS = {
     "failed": "failed",
     "planned": "planned, not run",
 }
+_BUDGET_KEYS = ("budget_bytes", "seconds")
 ClassRow = tuple[str, float | None, float | None, int]  # name, precision, recall, support
 
 
@@ -275,10 +276,18 @@ def plan_table(
         table.add_section()
     _add(table, "planned peak", *_size_and_share(planned_peak_bytes, budget_bytes), style="bold")
     _add(table, "budget", *_size_and_share(budget_bytes, None))
-    choices = {key: value for key, value in plan.items() if key != "memory"}
+    choices = {key: value for key, value in plan.items() if key not in ("memory", "other_budgets")}
     if planned_seconds is not None:
         choices["planned_seconds"] = planned_seconds
-    return Group(table, _pairs(figures(choices)))
+    others = [_other_budget(other) for other in plan.get("other_budgets") or ()]
+    return Group(table, _pairs(figures(choices)), *([_pairs(others)] if others else []))
+
+
+def _other_budget(other: Mapping[str, Any]) -> tuple[str, str]:
+    """("with 451 MB", "8.3 min: micro batch 8")."""
+    changed = [f"{label} {value}" for label, value in figures({k: other[k] for k in other if k not in _BUDGET_KEYS})]
+    time = format_duration(finite(other.get("seconds")) or 0.0)
+    return f"with {format_size(finite(other.get('budget_bytes')) or 0)}", f"{time}: {', '.join(changed) or 'the same'}"
 
 
 def summary(report: Mapping[str, Any], out: str) -> RenderableType:

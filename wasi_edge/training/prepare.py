@@ -83,6 +83,7 @@ def prepare(request: FinetuneRequest, events: Events) -> Prepared:
         ranks,
         str(model.folder),
         model.convert_epsilon,
+        request.budget_bytes - read_memory().rss_bytes,
     )
     ranks = ranks if ranks is not None else probe.ranks
     assert ranks is not None

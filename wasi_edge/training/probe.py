@@ -51,8 +51,11 @@ def run_probe(
     ranks: Mapping[str, int | None] | None,
     source: str | None,
     epsilon: float | None,
+    available_bytes: int,
 ) -> ProbeResult:
     """Measure in a child process. With `ranks` None they are computed from the checkpoint `source` at `epsilon`.
+
+    Where torch alone takes more than `available_bytes` nothing will be run and the times are not measured well.
 
     Raises WasiEdgeError with the child's message if it fails.
     """
@@ -64,6 +67,7 @@ def run_probe(
         "ranks": None if ranks is None else dict(ranks),
         "source": source,
         "epsilon": epsilon,
+        "available_bytes": available_bytes,
     }
     child = subprocess.run(
         [sys.executable, "-m", "wasi_edge.training.probe"],
@@ -122,11 +126,14 @@ def _measure(question: dict[str, Any], threads: int, before_bytes: int) -> dict[
     reuse_freed_memory(any_size=question["method"] == "vanilla")  # as the run does after its first step
     geometry = ViTGeometry.from_dict(question["geometry"])
     ranks = question["ranks"] or _ranks(question)
+    enough_seconds = _ENOUGH_SECONDS if import_bytes <= question["available_bytes"] else 0.0
     block_seconds = _train_block if question["method"] == "wasi" else _train_vanilla_block
-    infer = _infer_block(geometry, question["image_size"], ranks)
+    infer = _infer_block(geometry, question["image_size"], ranks, enough_seconds)
     train, update = 0.0, 0.0
     if question["method"] != "head":
-        train, update = block_seconds(geometry, question["image_size"], ranks, question["gradient_rank"])
+        train, update = block_seconds(
+            geometry, question["image_size"], ranks, question["gradient_rank"], enough_seconds
+        )
     # the heap before the block was there, the libraries after everything has been used
     torch_bytes = warm.rss_bytes - warm.file_bytes + read_memory().file_bytes - before_bytes
     return {
@@ -159,18 +166,24 @@ def _random_block(geometry: ViTGeometry, ranks: Mapping[str, int | None]) -> Any
     return build_block(geometry, index, ranks, lambda name: torch.randn(shapes[name], generator=generator).mul_(0.02))
 
 
-def _infer_block(geometry: ViTGeometry, image_size: int, ranks: Mapping[str, int | None]) -> float:
+def _infer_block(
+    geometry: ViTGeometry, image_size: int, ranks: Mapping[str, int | None], enough_seconds: float
+) -> float:
     import torch
 
     from wasi_edge.layers.saving import Pass
 
     block, run = _random_block(geometry, ranks), Pass()
     x = torch.randn(_PHOTOS, geometry.tokens(image_size), geometry.width, generator=torch.Generator().manual_seed(1))
-    return _median_seconds(lambda: block.forward(x, run, None))
+    return _median_seconds(lambda: block.forward(x, run, None), enough_seconds)
 
 
 def _train_block(
-    geometry: ViTGeometry, image_size: int, ranks: Mapping[str, int | None], gradient_rank: int
+    geometry: ViTGeometry,
+    image_size: int,
+    ranks: Mapping[str, int | None],
+    gradient_rank: int,
+    enough_seconds: float,
 ) -> tuple[float, float]:
     """Seconds of forward and backward of one block for four photos, and of the update of its factors."""
     import torch
@@ -191,18 +204,22 @@ def _train_block(
         _, gradients = block.backward(saved, y.clone(), run)
         latest.update(gradients)
 
-    seconds = _median_seconds(both)
+    seconds = _median_seconds(both, enough_seconds)
     rule = FactorUpdate(block.linears, 0.0)
 
     def update() -> None:
         for name in block.linears:
             rule.update(name, latest[f"{name}.projected"].clone(), 1e-6, 1)
 
-    return seconds, _median_seconds(update)
+    return seconds, _median_seconds(update, enough_seconds)
 
 
 def _train_vanilla_block(
-    geometry: ViTGeometry, image_size: int, ranks: Mapping[str, int | None], gradient_rank: int
+    geometry: ViTGeometry,
+    image_size: int,
+    ranks: Mapping[str, int | None],
+    gradient_rank: int,
+    enough_seconds: float,
 ) -> tuple[float, float]:
     """The same for a dense block under autograd and torch's AdamW."""
     import torch
@@ -216,16 +233,16 @@ def _train_vanilla_block(
     def both() -> None:
         block(x).square().mean().backward()
 
-    seconds = _median_seconds(both)
-    return seconds, _median_seconds(optimizer.step)
+    seconds = _median_seconds(both, enough_seconds)
+    return seconds, _median_seconds(optimizer.step, enough_seconds)
 
 
-def _median_seconds(work: Callable[[], object]) -> float:
-    """Median time of a call after two for warming up."""
+def _median_seconds(work: Callable[[], object], enough_seconds: float) -> float:
+    """Median time of a call after two for warming up: three calls, and more for `enough_seconds`."""
     work()
     work()
     times: list[float] = []
-    end = time.monotonic() + _ENOUGH_SECONDS
+    end = time.monotonic() + enough_seconds
     while len(times) < 3 or (time.monotonic() < end and len(times) < 50):
         began = time.perf_counter()
         work()
