@@ -27,7 +27,10 @@ WARM_UP_SHARE = 0.1
 
 @dataclass
 class Progress:
-    """Where a run stands; plain JSON values. `epoch` counts from 1, `epoch_step` the finished steps of it."""
+    """Where a run stands; plain JSON values. `epoch` counts from 1, `epoch_step` the finished steps of it.
+
+    `micro_batch` is set where memory forced another than the plan's; `degraded` says when and why.
+    """
 
     step: int = 0
     epoch: int = 1
@@ -41,6 +44,8 @@ class Progress:
     best_epoch: int = 0
     train_seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
+    micro_batch: int | None = None
+    degraded: list[dict[str, int]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; infinity becomes None."""
@@ -176,10 +181,11 @@ def _step(
     """One optimiser step over the photos `chosen`; False if a signal came before its gradients were complete."""
     loss_sum = weight_sum = 0.0
     correct = 0
-    for first in range(0, len(chosen), settings.micro_batch):
+    size = progress.micro_batch or settings.micro_batch
+    for first in range(0, len(chosen), size):
         if hooks.stop_wanted():
             return False
-        part = chosen[first : first + settings.micro_batch]
+        part = chosen[first : first + size]
         pixels = photos.augmented(part, settings.seed, progress.epoch)
         weight = photos.weight[part]
         loss = trainer.micro_batch(pixels, photos.labels[part], weight, first == 0, len(chosen))

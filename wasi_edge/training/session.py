@@ -25,6 +25,7 @@ from wasi_edge.tensorfile import write_json_atomic
 from wasi_edge.training import defaults, result, setup
 from wasi_edge.training.checkpoint import Checkpoint, drop_checkpoints, latest_checkpoint, save_checkpoint
 from wasi_edge.training.cooling import Cooler
+from wasi_edge.training.guard import MemoryGuard
 from wasi_edge.training.head import FeatureStatistics, Head, fit_head
 from wasi_edge.training.loop import Hooks, LoopSettings, Progress, Validation, note_epoch, train, validate
 from wasi_edge.training.photos import PhotoSet
@@ -104,6 +105,7 @@ class Session:
             max_seconds=request.max_seconds,
         )
 
+        guard = MemoryGuard(request.budget_bytes, plan.micro_batch, self._events)
         settled = False
 
         def after_step(now: Progress) -> None:
@@ -113,6 +115,7 @@ class Session:
                 self._settle()
             elif now.epoch_step == 0:
                 release_library_pages()  # what validating and saving touched
+            guard.check(now, trainer)
             cooler.rest(lambda: self._signals.received is not None)
             due = self._saved_at is None or time.monotonic() - self._saved_at >= request.checkpoint_seconds
             if due:
@@ -199,6 +202,7 @@ class Session:
             "best_epoch": progress.best_epoch,
             "final_val_accuracy": history[-1]["val_accuracy"] if history else None,
             "history": history,
+            "degraded": progress.degraded,
             "memory_samples": [[round(seconds, 2), count] for seconds, count in self._watch.samples],
             "out": str(self._out),
         }

@@ -62,6 +62,9 @@ class Trainer(Protocol):
     def abandon(self) -> None:
         """Forget a step that was begun: back to the state after the last `apply`."""
 
+    def release_buffers(self) -> None:
+        """Give back the buffers of forward and backward passes; smaller ones are made when they are needed."""
+
     def end_training(self) -> None:
         """Give back everything that `features` and `logits` do not need; no steps can follow."""
 
@@ -106,8 +109,11 @@ class FrozenTrainer:
     def abandon(self) -> None:
         """Nothing was begun."""
 
-    def end_training(self) -> None:
+    def release_buffers(self) -> None:
         self._run.workspace.clear()
+
+    def end_training(self) -> None:
+        self.release_buffers()
 
     def state(self) -> dict[str, Tensor]:
         return {f"parameter.{name}": value for name, value in self._parameters.items()}
@@ -282,6 +288,9 @@ class VanillaTrainer:
 
     def abandon(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
+
+    def release_buffers(self) -> None:
+        """Autograd holds none between steps."""
 
     def end_training(self) -> None:
         self.abandon()

@@ -1,0 +1,91 @@
+"""The watchdog takes smaller micro-batches before the budget is exceeded, and the training stays what it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from models import TINY, random_tensors
+
+from wasi_edge.layers.saving import Keep
+from wasi_edge.models.vit import build_vit
+from wasi_edge.training.guard import MemoryGuard
+from wasi_edge.training.loop import Progress
+from wasi_edge.training.trainer import Recipe, WasiTrainer
+
+MB = 2**20
+
+
+class Recorder:
+    """Events that remember the messages."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def __getattr__(self, _: str) -> Any:
+        return lambda *_: None
+
+
+def small_trainer() -> WasiTrainer:
+    ranks, tensors = random_tensors(TINY, 6, 3, dtype=torch.float32)
+    model = build_vit(TINY, ranks, tensors.__getitem__, 16, head=True)
+    return WasiTrainer(model, Recipe(1e-3, 1e-3, 1e-3, 0.01, 2.0, 0.1), [Keep.COMPACT] * TINY.depth, 5, 0)
+
+
+def step(trainer: WasiTrainer, size: int, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    pixels, labels = torch.randn(8, 3, 16, 16, generator=generator), torch.arange(8) % 3
+    with torch.no_grad():
+        for first in range(0, 8, size):
+            part = slice(first, first + size)
+            trainer.micro_batch(pixels[part], labels[part], torch.ones(len(labels[part])), first == 0, 8)
+        trainer.apply(number, 1.0)
+
+
+def test_far_from_the_budget_nothing_changes():
+    trainer, progress, events = small_trainer(), Progress(step=3), Recorder()
+    step(trainer, 8, 1)
+    held = trainer.held_bytes()
+    MemoryGuard(100 * MB, 8, events, held_bytes=lambda: 98 * MB).check(progress, trainer)
+    assert progress.micro_batch is None and progress.degraded == [] and events.messages == []
+    assert trainer.held_bytes() == held > 0
+
+
+def test_near_the_budget_micro_batches_shrink_until_memory_fits():
+    trainer, progress, events = small_trainer(), Progress(step=3), Recorder()
+    step(trainer, 8, 1)
+    before = trainer.held_bytes()
+    readings = iter([99.5 * MB, 99.9 * MB, 80 * MB])
+    guard = MemoryGuard(100 * MB, 8, events, held_bytes=lambda: int(next(readings)))
+    guard.check(progress, trainer)
+    assert progress.micro_batch == 6 and trainer.held_bytes() == 0
+    guard.check(progress, trainer)
+    guard.check(progress, trainer)
+    assert progress.micro_batch == 4
+    assert [entry["micro_batch"] for entry in progress.degraded] == [6, 4] and progress.degraded[0]["step"] == 3
+    assert len(events.messages) == 2 and "6 instead of 8" in events.messages[0]
+    step(trainer, progress.micro_batch, 2)
+    assert trainer.held_bytes() < before
+    assert Progress.from_dict(progress.to_dict()) == progress  # a resumed run keeps the smaller micro-batch
+
+
+def test_at_the_smallest_micro_batch_it_says_so_once():
+    trainer, progress, events = small_trainer(), Progress(), Recorder()
+    guard = MemoryGuard(100 * MB, 1, events, held_bytes=lambda: 120 * MB)
+    guard.check(progress, trainer)
+    guard.check(progress, trainer)
+    assert progress.micro_batch is None and progress.degraded == [] and len(events.messages) == 1
+
+
+def test_smaller_micro_batches_give_the_same_step_up_to_rounding_and_basis():
+    whole, parts = small_trainer(), small_trainer()
+    # the basis of a step comes from its first micro-batch: with all of it at hand both see the same
+    for number in (1, 2, 3):
+        step(whole, 8, number)
+        step(parts, 4, number)
+    for name, value in whole.parameters().items():
+        difference = (value - parts.parameters()[name]).norm() / value.norm().clamp_min(1e-12)
+        assert float(difference) < 0.05, name
