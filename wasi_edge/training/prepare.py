@@ -131,7 +131,9 @@ def choose_model(request: FinetuneRequest) -> ModelChoice:
             f"--epsilon {request.epsilon:g} is above the {own:g} that {folder} was truncated at, and what was cut away "
             f"is gone: leave --epsilon out, or start from the dense checkpoint"
         )
-    if request.method is Method.WASI:
+    # an artefact of fixed ranks has factors and no epsilon
+    has_factors = config is not None and any(rank is not None for rank in config.linears.values())
+    if request.method is Method.WASI and (epsilon is not None or not has_factors):
         if own is None:
             epsilon = convert = 0.8 if epsilon is None else epsilon
         elif epsilon is not None and epsilon < own:
