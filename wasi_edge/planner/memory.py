@@ -18,8 +18,9 @@ FLOAT = 4
 # Rounding of every buffer to pages, Python objects, and what malloc loses between blocks.
 HEAP_SLACK_BYTES = 6 * 2**20
 HEAP_SLACK_SHARE = 0.03
-# What autograd's tape takes more where the heap serves it: 1,547 MB against 814 in all, measured (DESIGN.md, 3).
-HEAP_GAP_SHARE = 1.3
+# What autograd's tape may take more where the heap serves it. Measured: nothing at micro-batch 16 (2,224 MB, 2,236
+# counted without gaps); under glibc's own rules it was as much again.
+HEAP_GAP_SHARE = 0.25
 # float64 (K, K) alive at once in `subspace.weight.update_weight`
 UPDATE_MATRICES = 8
 
