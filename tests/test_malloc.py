@@ -97,3 +97,31 @@ def test_too_late_after_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", sys)
     with pytest.raises(RuntimeError, match="before torch"):
         malloc.settle_threads(2)
+
+
+REUSE = """
+from wasi_edge.memory.malloc import reuse_freed_memory, tune_malloc
+from wasi_edge.memory.process import read_memory
+tune_malloc()
+assert reuse_freed_memory(any_size={any_size})
+before = read_memory().rss_bytes
+block = bytearray(b"x") * ({megabytes} << 20)
+del block
+kept = read_memory().rss_bytes - before
+tune_malloc()
+block = bytearray(b"x") * ({megabytes} << 20)
+del block
+print(kept, read_memory().rss_bytes - before)
+"""
+
+
+@needs_glibc
+@pytest.mark.parametrize(
+    ("any_size", "megabytes", "stays"), [(False, 1, True), (False, 24, False), (True, 24, True), (True, 100, True)]
+)
+def test_reused_memory_stays_until_malloc_is_tuned_again(any_size: bool, megabytes: int, stays: bool) -> None:
+    code = REUSE.format(any_size=any_size, megabytes=megabytes)
+    answer = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    kept, afterwards = (int(word) / 2**20 for word in answer.stdout.split())
+    assert (kept > 0.5 * megabytes) == stays
+    assert afterwards < 0.5 * megabytes

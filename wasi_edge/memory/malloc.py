@@ -29,6 +29,7 @@ _ANY_BYTES = 2**31 - 1
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_MMAP_MAX = -4
+_DEFAULT_MMAPS = 65536
 _M_ARENA_MAX = -8
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -42,6 +43,7 @@ def tune_malloc() -> bool:
         (_M_MMAP_THRESHOLD, THRESHOLD_BYTES),
         (_M_TRIM_THRESHOLD, THRESHOLD_BYTES),
         (_M_ARENA_MAX, 1),
+        (_M_MMAP_MAX, _DEFAULT_MMAPS),
     )
     return all([libc.mallopt(name, value) == 1 for name, value in settings])  # every one is tried
 
