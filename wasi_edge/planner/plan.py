@@ -49,7 +49,8 @@ NOTICEABLE = 0.03
 class Base:
     """Bytes of the process that no plan can change.
 
-    start       peak before training begins: while torch is imported, while a dense checkpoint is converted
+    start       peak before training begins: while torch is measured in a child process, while it is imported, while
+                a dense checkpoint is converted
     steady      from then on, without the run's own tensors
     """
 
@@ -195,7 +196,7 @@ def _plan(
         items = [*items, Item("one dense weight while loading", largest_linear_bytes(load))]
     items = [Item("interpreter and libraries (measured)", base.steady), *items]
     if total(items) < base.start:
-        items = [Item("importing the libraries or converting the model", base.start)]
+        items = [Item("measuring and importing the libraries, or converting the model", base.start)]
     is_head = load.method == "head"
     return Plan(
         **dataclasses.asdict(choices),

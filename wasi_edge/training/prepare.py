@@ -29,6 +29,8 @@ from wasi_edge.training import defaults
 from wasi_edge.training.probe import run_probe
 from wasi_edge.training.request import Events, FinetuneRequest, Method
 
+# importing twice does not take the same memory to the page
+_START_SLACK_BYTES = 4 * 2**20
 _TIMED_PHOTOS = 3
 _TIMED_DECODE_BYTES = 64 * 2**20
 
@@ -100,7 +102,8 @@ def prepare(request: FinetuneRequest, events: Events) -> Prepared:
         probe.train_seconds, probe.infer_seconds, probe.update_seconds, _decode_seconds(folder, model) / threads
     )
     own = read_memory().rss_bytes
-    base = Base(start=own + probe.import_bytes, steady=own + probe.torch_bytes)
+    start = own + max(probe.peak_bytes, probe.import_bytes) + _START_SLACK_BYTES
+    base = Base(start=start, steady=own + probe.torch_bytes)
     if model.convert_epsilon is not None:
         fewest = min(work.num_train, FEWEST_PHOTOS)
         converting = conversion_bytes(model.geometry, load.image_size, fewest, base.steady)

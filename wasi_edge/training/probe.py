@@ -29,12 +29,14 @@ _WARM_UP_SIZE, _WARM_UP_DECOMPOSITION = 1024, 256
 class ProbeResult:
     """What the child found.
 
+    peak_bytes      the most the child itself held: it lives beside this process, and the budget is for both
     import_bytes    what a process holds more just after importing torch
     torch_bytes     what torch adds for the rest of a run: its heap and buffers, and the library pages that steps use
     *_seconds       per photo; `update_seconds` per optimiser step
     ranks           of the linears, where they were asked for
     """
 
+    peak_bytes: int
     import_bytes: int
     torch_bytes: int
     train_seconds: float
@@ -137,6 +139,7 @@ def _measure(question: dict[str, Any], threads: int, before_bytes: int) -> dict[
     # the heap before the block was there, the libraries after everything has been used
     torch_bytes = warm.rss_bytes - warm.file_bytes + read_memory().file_bytes - before_bytes
     return {
+        "peak_bytes": read_memory().peak_rss_bytes,
         "import_bytes": import_bytes,
         "torch_bytes": torch_bytes,
         "train_seconds": geometry.depth * train / _PHOTOS,
