@@ -29,7 +29,8 @@ class CalibrationPhotos:
         self._preprocessing, self._decode_budget_bytes = preprocessing, decode_budget_bytes
         chosen = spread(len(paths), count)
         self._chosen = [paths[index] for index in chosen]
-        self._spare = [path for index, path in enumerate(paths) if index not in set(chosen)]
+        taken = set(chosen)
+        self._spare = [path for index, path in enumerate(paths) if index not in taken]
         self._last: np.ndarray | None = None
         self.skipped: dict[Path, str] = {}
 

@@ -25,9 +25,8 @@ from wasi_edge.chunks import CONVERSION_PHOTOS, WIDE_INPUT
 from wasi_edge.conversion.factorise import Moments, bias_correction, factorise, singular_values
 from wasi_edge.conversion.sources import DenseSource
 from wasi_edge.layers.linear import DenseLinear
-from wasi_edge.layers.norm import LayerNorm
 from wasi_edge.layers.saving import Pass
-from wasi_edge.models.vit import VisionTransformer, build_block, resample_position
+from wasi_edge.models.vit import build_block, build_stem
 from wasi_edge.preprocess import normalise
 from wasi_edge.subspace.ranks import break_even_rank, rank_for_explained_variance
 
@@ -182,7 +181,7 @@ class _Walk:
         self.geometry = source.geometry
         self._read = _torch_reader(source)
         self._run = Pass()
-        stem = _stem(source, config.preprocessing.image_size)
+        stem = build_stem(source.geometry, self._read, config.preprocessing.image_size)
         states = []
         for first in range(0, calibration.count, CONVERSION_PHOTOS):
             chosen = range(first, min(first + CONVERSION_PHOTOS, calibration.count))
@@ -211,21 +210,6 @@ class _Walk:
         block = build_block(self.geometry, index, ranks, tensors.__getitem__)
         for chunk in self._tokens.split(CONVERSION_PHOTOS):
             chunk.copy_(block.forward(chunk.float(), self._run, None)[0])
-
-
-def _stem(source: DenseSource, image_size: int) -> VisionTransformer:
-    """The network without its blocks, for `embed`."""
-    geometry, read = source.geometry, _torch_reader(source)
-    return VisionTransformer(
-        geometry,
-        image_size,
-        DenseLinear(read("patch_embed.weight"), read("patch_embed.bias")),
-        read("class_token") if geometry.class_token else None,
-        resample_position(read("position"), geometry, image_size),
-        blocks=[],
-        norm=LayerNorm(read("norm.weight"), read("norm.bias"), geometry.norm_eps),
-        head=None,
-    )
 
 
 def _torch_reader(source: DenseSource) -> Callable[[str], Tensor]:

@@ -177,16 +177,24 @@ def build_vit(
 ) -> VisionTransformer:
     """A network of float32 parameters. `read(name)` gives a tensor by its artefact name; `ranks[linear]` is its
     rank, None for a dense one; the position embedding is resampled to `image_size`."""
-    blocks = [build_block(geometry, index, ranks, read) for index in range(geometry.depth)]
+    model = build_stem(geometry, read, image_size)
+    model.blocks = [build_block(geometry, index, ranks, read) for index in range(geometry.depth)]
+    if head:
+        model.head = DenseLinear(read("head.weight"), read("head.bias"))
+    return model
+
+
+def build_stem(geometry: ViTGeometry, read: Callable[[str], Tensor], image_size: int) -> VisionTransformer:
+    """The network without blocks and head, for `embed`; arguments as for `build_vit`."""
     return VisionTransformer(
         geometry,
         image_size,
         DenseLinear(read("patch_embed.weight"), read("patch_embed.bias")),
         read("class_token") if geometry.class_token else None,
         resample_position(read("position"), geometry, image_size),
-        blocks,
-        LayerNorm(read("norm.weight"), read("norm.bias"), geometry.norm_eps),
-        DenseLinear(read("head.weight"), read("head.bias")) if head else None,
+        blocks=[],
+        norm=LayerNorm(read("norm.weight"), read("norm.bias"), geometry.norm_eps),
+        head=None,
     )
 
 

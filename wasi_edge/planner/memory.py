@@ -94,16 +94,20 @@ def largest_linear_bytes(load: Workload) -> int:
     return max(out * inner for out, inner in load.geometry.linear_shapes().values()) * FLOAT
 
 
+def subspace_bytes(load: Workload) -> int:
+    """(O, r) and (I, r) of every linear: a gradient P with its basis U, or a momentum with its own."""
+    shapes = load.geometry.linear_shapes().values()
+    return sum((out + inner) * min(load.gradient_rank, inner) for out, inner in shapes) * FLOAT
+
+
+def gram_bytes(load: Workload) -> int:
+    """The Gram matrices of all factors, two symmetric float64 (K, K) packed in one."""
+    return sum((rank or 0) * ((rank or 0) + 1) for rank in load.ranks.values()) * 2 * FLOAT
+
+
 def update_state_bytes(load: Workload, carried_grams: bool = True) -> int:
-    """State of the rule that updates the factors: momentum (O, r) and its basis (I, r) a linear, and, with
-    `carried_grams`, two symmetric float64 (K, K) packed in one."""
-    state = 0
-    for name, (out, inner) in load.geometry.linear_shapes().items():
-        state += (out + inner) * min(load.gradient_rank, inner) * FLOAT
-        if carried_grams:
-            rank = load.ranks[name] or 0
-            state += rank * (rank + 1) * 2 * FLOAT
-    return state
+    """State of the rule that updates the factors: momentum and its basis, and Gram matrices if they are carried."""
+    return subspace_bytes(load) + (gram_bytes(load) if carried_grams else 0)
 
 
 def update_scratch_bytes(load: Workload, weight_bits: int) -> int:
@@ -165,10 +169,6 @@ def training_items(load: Workload, choices: Choices) -> list[Item]:
     geometry, micro_batch, recomputed_blocks = load.geometry, choices.micro_batch, choices.recomputed_blocks
     linears, others = weight_counts(load)
     tokens = micro_batch * load.tokens
-    small_gradients = sum(
-        out * min(load.gradient_rank, inner) + inner * min(load.gradient_rank, inner)
-        for out, inner in geometry.linear_shapes().values()
-    )
     kept_blocks = geometry.depth - recomputed_blocks
     kept = kept_blocks * saved_bytes_per_token(load, compact=True)
     if recomputed_blocks:
@@ -179,7 +179,7 @@ def training_items(load: Workload, choices: Choices) -> list[Item]:
     items = [
         Item(f"weights (factors, {choices.weight_bits} bits)", linears * choices.weight_bits // 8),
         Item("weights (norms, biases, embeddings, head)", others * FLOAT),
-        Item("gradients (P, U, dense parameters)", (small_gradients + others) * FLOAT),
+        Item("gradients (P, U, dense parameters)", subspace_bytes(load) + others * FLOAT),
         Item(
             "optimiser state (momentum, Gram matrices, moments)",
             update_state_bytes(load, choices.carried_grams)
@@ -202,14 +202,15 @@ def vanilla_items(load: Workload, choices: Choices) -> list[Item]:
     transient = 2 * m + 6 * d
     micro_batch = choices.micro_batch
     tokens = micro_batch * load.tokens
-    tape = tokens * (per_block * geometry.depth + transient) * FLOAT
+    kept = tokens * per_block * geometry.depth * FLOAT
+    at_work = tokens * transient * FLOAT
     items = [
         Item("weights (dense)", (linears + others) * FLOAT),
         Item("gradients", (linears + others) * FLOAT),
         Item("optimiser state", (linears + others) * 2 * FLOAT),
-        Item("kept for the backward pass", tokens * per_block * geometry.depth * FLOAT),
-        Item("tensors of the layer at work", tokens * transient * FLOAT),
-        Item("gaps in the heap", int(HEAP_GAP_SHARE * tape) if choices.reused_heap else 0),
+        Item("kept for the backward pass", kept),
+        Item("tensors of the layer at work", at_work),
+        Item("gaps in the heap", int(HEAP_GAP_SHARE * (kept + at_work)) if choices.reused_heap else 0),
         Item("photos of a micro-batch", micro_batch * (2 * load.augment_photo_bytes + 15 * load.image_size**2)),
     ]
     return _with_slack(items)
@@ -222,8 +223,7 @@ def head_items(load: Workload, micro_batch: int, num_photos: int, trained: Choic
     """
     linears, others = weight_counts(load)
     tokens = micro_batch * load.tokens
-    carried = trained is not None and trained.carried_grams
-    grams = update_state_bytes(load, True) - update_state_bytes(load, False) if carried else 0
+    grams = gram_bytes(load) if trained is not None and trained.carried_grams else 0
     bits = 32 if trained is None else trained.weight_bits
     items = [
         Item("weights", linears * bits // 8 + others * FLOAT),

@@ -26,7 +26,7 @@ from wasi_edge.planner.memory import (
 from wasi_edge.units import format_size
 
 MICRO_BATCHES = (16, 12, 8, 6, 4, 3, 2, 1)
-# Ratios fitted to `benchmarks/plan_costs.py` (ViT-S/14, 168 px, two cores).
+# The first three are ratios fitted to `benchmarks/plan_costs.py` (ViT-S/14, 168 px, two cores).
 # A block that is recomputed runs forward once more, fc2's product excepted: 1.32 measured.
 RECOMPUTE_COST = 0.32
 # Per-call overhead of a micro-batch, in units of the time of one photo: 1.57, 1.22, 1.03 measured for 1, 2, 4 photos
@@ -34,7 +34,8 @@ RECOMPUTE_COST = 0.32
 MICRO_BATCH_OVERHEAD = 0.65
 # An update that rebuilds the Gram matrices of the factors instead of carrying them: 1.49 measured.
 REBUILD_COST = 1.5
-# One that also rounds factors to 16 bits, and widening them for a pass, in photo times at the probe's size.
+# One that also rounds factors to 16 bits, and widening them for a pass, in photo times at the probe's size. Estimates,
+# not measured yet.
 ROUNDING_COST = 1.8
 WIDENING_COST = 0.2
 # Autograd's tape in memory that is mapped anew each time: 150 ms a photo without, 265 with.
@@ -178,12 +179,11 @@ def candidates(load: Workload, work: Work, base: Base, speed: Speed) -> Iterator
                 choices = Choices(micro_batch=size, reused_heap=reused)
                 yield _plan(load, work, base, speed, choices, vanilla_items(load, choices), head)
         elif load.method == "wasi" and size <= work.batch:
-            for again in range(load.geometry.depth + 1):
-                for carried, bits in ((True, 32), (False, 32), (False, 16)):
-                    choices = Choices(
-                        micro_batch=size, recomputed_blocks=again, carried_grams=carried, weight_bits=bits
-                    )
-                    head = head_items(load, evaluated, num_photos, choices)
+            for carried, bits in ((True, 32), (False, 32), (False, 16)):
+                kept = Choices(micro_batch=size, carried_grams=carried, weight_bits=bits)
+                head = head_items(load, evaluated, num_photos, kept)
+                for again in range(load.geometry.depth + 1):
+                    choices = dataclasses.replace(kept, recomputed_blocks=again)
                     yield _plan(load, work, base, speed, choices, training_items(load, choices), head)
 
 

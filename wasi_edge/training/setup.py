@@ -30,8 +30,8 @@ from wasi_edge.training.trainer import FrozenTrainer, Recipe, Trainer, VanillaTr
 def convert_for(prepared: Prepared, photos: PhotoSet, out: Path, events: Events) -> None:
     """Factor the dense checkpoint of this run, calibrated on its own training photos, into the folder `out`."""
     geometry, size = prepared.model.geometry, prepared.model.preprocessing.image_size
-    budget = max(prepared.request.budget_bytes, prepared.base.start)
-    chosen = spread(len(photos), calibration_photos(geometry, size, len(photos), budget, prepared.base.steady))
+    budget_bytes, base_bytes = prepared.request.budget_bytes, prepared.base.steady
+    chosen = spread(len(photos), calibration_photos(geometry, size, len(photos), budget_bytes, base_bytes))
     assert prepared.model.convert_epsilon is not None
     settings = Settings(prepared.model.convert_epsilon, "float32", size, always_factor=True)
     events.stage("factoring", geometry.depth)
