@@ -1,9 +1,9 @@
 """Does the planner keep its word? Real training runs over models, budgets and batches; peaks seen from outside.
 
-    python benchmarks/memory_grid.py --photos ../shared/data/hymenoptera [--models vit-s14,vit-b16] [--out build/grid]
+    python benchmarks/memory_grid.py --photos ../shared/data/hymenoptera [--models default,vit-b16] [--out build/grid]
 
-Each row is `wasi-edge finetune` in a fresh process until 20 optimiser steps are done, all blocks trained; the peak is
-the kernel's (ru_maxrss of the child). Every row is planned with `--dry-run` first, infeasible budgets included: those
+Each row is `wasi-edge finetune` in a fresh process for the epochs of 20 optimiser steps (early stopping may come first:
+`steps` in the JSON says), all blocks trained; the peak is the kernel's (ru_maxrss of the child). Every row is planned with `--dry-run` first, infeasible budgets included: those
 must be refused with exit code 3, and the budget they name must then work. Prints a Markdown table; the last line is
 JSON.
 """

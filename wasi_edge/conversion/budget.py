@@ -1,11 +1,11 @@
 """What a conversion holds in memory, and how many calibration photos a budget allows. No torch.
 
-    peak = base + blocks + moments + factorisation + buffers of a pass + tokens of the calibration photos
+    peak = base + blocks + moments + max(factorisation, buffers of a pass) + tokens of the calibration photos
 
-The terms follow `convert.py`: the dense block and its factors, one moment matrix for each linear's input,
-float64 copies while the widest linear is factored, the buffers of a pass over eight photos, and the tokens in
-float16 (twice for a moment, when they are joined). Measured beside it, MB: ViT-S/14 with 16 photos at 224 px
-378 for 390 estimated, blocks of ViT-B/16 608 for 666; without photos 277 for 291 and 313 for 415.
+The terms follow `convert.py`: the dense block and its factors, one moment matrix for each linear's input, float64
+copies while the largest linear is factored, the buffers of a pass over eight photos (given back before factoring), and
+the tokens in float16 (twice for a moment, when they are joined). Measured beside it: ViT-B/16 with 236 photos at 224 px
+442 MB for 512 estimated. The base is that of before the library pages left, and generous.
 """
 
 from __future__ import annotations
