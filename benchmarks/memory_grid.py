@@ -3,9 +3,9 @@
     python benchmarks/memory_grid.py --photos ../shared/data/hymenoptera [--models default,vit-b16] [--out build/grid]
 
 Each row is `wasi-edge finetune` in a fresh process for the epochs of 20 optimiser steps (early stopping may come first:
-`steps` in the JSON says), all blocks trained; the peak is the kernel's (ru_maxrss of the child). Every row is planned with `--dry-run` first, infeasible budgets included: those
-must be refused with exit code 3, and the budget they name must then work. Prints a Markdown table; the last line is
-JSON.
+`steps` in the JSON says), all blocks trained; the peak is the kernel's (ru_maxrss of the child). Every row is planned
+with `--dry-run` first, infeasible budgets included: those must be refused with exit code 3, and the budget they name
+must then work. Prints a Markdown table; the last line is JSON.
 """
 
 from __future__ import annotations
