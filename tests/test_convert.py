@@ -207,7 +207,7 @@ def test_bias_takes_up_what_truncation_would_shift_and_plain_conversion_leaves_b
         SIZE,
         head=False,
     )
-    tokens = model.embed(pixels(source.preprocessing), Pass())[0].half().float()  # as they wait
+    tokens = model.stem.forward(pixels(source.preprocessing), Pass())[0].half().float()  # as they wait
     inputs, _ = model.blocks[0].norm1.forward(tokens.view(-1, GEOMETRY.width), Pass(), None)
     weight = model.blocks[0].qkv.params["weight"]
     shifts = {}
@@ -224,7 +224,7 @@ def test_each_block_is_calibrated_on_what_the_factored_ones_before_it_make(sourc
     config = convert(source, tmp_path / "out", Settings(epsilon=0.5, image_size=SIZE), CALIBRATION)
     named = {key: torch.from_numpy(value) for key, value in stored(tmp_path / "out").items()}
     model = build_vit(GEOMETRY, config.linears, named.__getitem__, SIZE, head=False)
-    tokens = model.embed(pixels(source.preprocessing), Pass())[0].half().float()
+    tokens = model.stem.forward(pixels(source.preprocessing), Pass())[0].half().float()
     for block in model.blocks:
         inputs, _ = block.norm1.forward(tokens.view(-1, GEOMETRY.width), Pass(), None)
         weight, bias = (torch.from_numpy(source.read(f"{block.name}.qkv.{key}")) for key in ("weight", "bias"))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,17 @@ def report_of(done: subprocess.CompletedProcess[str]) -> dict:
     return json.loads(done.stdout)
 
 
+def kill_when(arguments: tuple[object, ...], is_time: Callable[[], bool]) -> None:
+    """Start a command and SIGKILL it as soon as `is_time` says so; fails if it ends before that."""
+    child = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and child.poll() is None and not is_time():
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert child.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
@@ -124,15 +136,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_weights(base, finished, tmp
     _, straight = finished
     out = tmp_path / "killed"
     arguments = finetune(base, out, "--epochs", 3, "--checkpoint-every", "0.01s")
-    child = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and child.poll() is None:
-        if any((out / "checkpoint").glob("step-0000000[2-9]/manifest.json")):
-            break
-        time.sleep(0.005)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert child.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    kill_when(arguments, lambda: any((out / "checkpoint").glob("step-0000000[2-9]/manifest.json")))
     assert latest_checkpoint(out / "checkpoint") is not None
     report = report_of(run(*arguments, "--resume"))
     assert report["status"] == "completed" and report["resumed_from_step"] > 0

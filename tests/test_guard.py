@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from models import TINY, random_tensors
 
-from wasi_edge.layers.saving import Keep
+from wasi_edge.keep import COMPACT
 from wasi_edge.models.vit import build_vit
 from wasi_edge.training.guard import MemoryGuard
 from wasi_edge.training.loop import Progress
@@ -32,7 +32,7 @@ class Recorder:
 def small_trainer() -> WasiTrainer:
     ranks, tensors = random_tensors(TINY, 6, 3, dtype=torch.float32)
     model = build_vit(TINY, ranks, tensors.__getitem__, 16, head=True)
-    return WasiTrainer(model, Recipe(1e-3, 1e-3, 1e-3, 0.01, 2.0, 0.1), [Keep.COMPACT] * TINY.depth, 5, 0)
+    return WasiTrainer(model, Recipe(1e-3, 1e-3, 1e-3, 0.01, 2.0, 0.1), [COMPACT] * TINY.depth, 5, 0)
 
 
 def step(trainer: WasiTrainer, size: int, number: int) -> None:
@@ -49,9 +49,25 @@ def test_far_from_the_budget_nothing_changes():
     trainer, progress, events = small_trainer(), Progress(step=3), Recorder()
     step(trainer, 8, 1)
     held = trainer.held_bytes()
-    MemoryGuard(100 * MB, 8, events, held_bytes=lambda: 98 * MB).check(progress, trainer)
+    MemoryGuard(100 * MB, 90 * MB, 8, events, held_bytes=lambda: 98 * MB).check(progress, trainer)
     assert progress.micro_batch is None and progress.degraded == [] and events.messages == []
     assert trainer.held_bytes() == held > 0
+
+
+def test_a_plan_that_uses_all_of_the_budget_is_left_to_do_so():
+    progress, events = Progress(step=3), Recorder()
+    for held, smaller in ((99.8, None), (100.2, 6)):
+        guard = MemoryGuard(100 * MB, int(99.9 * MB), 8, events, held_bytes=lambda held=held: int(held * MB))
+        guard.check(progress, small_trainer())
+        assert progress.micro_batch == smaller
+
+
+def test_what_was_held_before_the_update_counts():
+    progress, readings = Progress(step=3), iter([120 * MB, 80 * MB])
+    guard = MemoryGuard(100 * MB, 90 * MB, 8, Recorder(), held_bytes=lambda: next(readings))
+    guard.observe()
+    guard.check(progress, small_trainer())
+    assert progress.micro_batch == 6
 
 
 def test_near_the_budget_micro_batches_shrink_until_memory_fits():
@@ -59,7 +75,7 @@ def test_near_the_budget_micro_batches_shrink_until_memory_fits():
     step(trainer, 8, 1)
     before = trainer.held_bytes()
     readings = iter([99.5 * MB, 99.9 * MB, 80 * MB])
-    guard = MemoryGuard(100 * MB, 8, events, held_bytes=lambda: int(next(readings)))
+    guard = MemoryGuard(100 * MB, 90 * MB, 8, events, held_bytes=lambda: int(next(readings)))
     guard.check(progress, trainer)
     assert progress.micro_batch == 6 and trainer.held_bytes() == 0
     guard.check(progress, trainer)
@@ -74,7 +90,7 @@ def test_near_the_budget_micro_batches_shrink_until_memory_fits():
 
 def test_at_the_smallest_micro_batch_it_says_so_once():
     trainer, progress, events = small_trainer(), Progress(), Recorder()
-    guard = MemoryGuard(100 * MB, 1, events, held_bytes=lambda: 120 * MB)
+    guard = MemoryGuard(100 * MB, 90 * MB, 1, events, held_bytes=lambda: 120 * MB)
     guard.check(progress, trainer)
     guard.check(progress, trainer)
     assert progress.micro_batch is None and progress.degraded == [] and len(events.messages) == 1

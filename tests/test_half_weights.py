@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import TINY, random_tensors
 
-from wasi_edge.layers.saving import Keep
+from wasi_edge.keep import EXACT
 from wasi_edge.models.vit import build_vit
 from wasi_edge.training.factor_update import stochastic_round
 from wasi_edge.training.trainer import Recipe, WasiTrainer
@@ -56,7 +56,7 @@ def trainer(bits: int, seed: int = 0) -> WasiTrainer:
     if bits == 16:
         tensors = {key: v.half() if key.endswith((".left", ".right")) else v for key, v in tensors.items()}
     model = build_vit(TINY, ranks, {k: v.clone() for k, v in tensors.items()}.__getitem__, 16, head=True)
-    return WasiTrainer(model, RECIPE, [Keep.FULL] * TINY.depth, 5, seed, carry_grams=bits == 32)
+    return WasiTrainer(model, RECIPE, [EXACT] * TINY.depth, 5, seed, carry_grams=bits == 32)
 
 
 def train(engine: WasiTrainer, steps: int) -> list[float]:

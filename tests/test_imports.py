@@ -20,11 +20,20 @@ PACKAGE = ROOT / "wasi_edge"
 ONLY_FROM = {
     "wasi_edge.data": ("errors", "units", "preprocess"),
     "wasi_edge.memory": ("errors", "units"),
-    "wasi_edge.planner": ("chunks", "models.geometry", "artefact", "memory", "errors", "units", "subspace.ranks"),
+    "wasi_edge.planner": (
+        "chunks",
+        "keep",
+        "models.geometry",
+        "artefact",
+        "memory",
+        "errors",
+        "units",
+        "subspace.ranks",
+    ),
 }
 # No torch at any level. In `inference` everything but the torch backend, which others import late.
 TORCH_FREE = (
-    "planner", "data", "memory", "artefact", "tensorfile", "preprocess", "errors", "units", "chunks", "metrics",
+    "planner", "data", "memory", "artefact", "tensorfile", "preprocess", "errors", "units", "chunks", "keep", "metrics",
     "report", "inference", "subspace.ranks", "models.geometry", "models.keys_",
 )  # fmt: skip
 TORCH_ALLOWED = ("inference.torch_backend",)

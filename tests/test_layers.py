@@ -10,8 +10,8 @@ from reference import generator, one_thread, plain_qr, random  # noqa: F401
 from torch import Tensor
 from torch.nn import functional as F
 
-from wasi_edge.chunks import GELU_ROWS
-from wasi_edge.layers.activation import gelu_backward, gelu_forward
+from wasi_edge.chunks import GELU_ROWS, NORM_ROWS
+from wasi_edge.layers.activation import SavedGelu, gelu_, gelu_backward, keep_gelu
 from wasi_edge.layers.attention import _FUSED, attention_backward, attention_forward
 from wasi_edge.layers.linear import DenseLinear, WasiLinear
 from wasi_edge.layers.norm import LayerNorm, SavedNorm
@@ -172,6 +172,12 @@ def gelu_derivative(a: Tensor) -> Tensor:
     """Phi(a) + a phi(a)."""
     a = a.double()
     return 0.5 * (1 + torch.erf(a / math.sqrt(2))) + a * torch.exp(-a.square() / 2) / math.sqrt(2 * math.pi)
+
+
+def gelu_forward(a: Tensor, run: Pass, save_as: str | None, compact: bool) -> tuple[Tensor, SavedGelu | None]:
+    """As a block does it."""
+    saved = keep_gelu(a, run, save_as, compact)
+    return gelu_(a), saved
 
 
 def test_gelu_backward_equals_autograd():
@@ -491,3 +497,22 @@ def test_norm_backward_reads_only_what_was_saved():
     expected = norm_autograd(layer, x, dy)[0]
     x.fill_(torch.nan)
     assert relative_error(layer.backward(saved, dy, run)[0], expected) < 1e-12
+
+
+# ------------------------------------------------------------------------------------ what is rebuilt of a norm
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("tokens", [3, NORM_ROWS + 5])
+def test_a_norm_gives_its_output_and_its_input_again_from_what_it_kept(dtype, tolerance, tokens):
+    x, weight, bias = 300 + 50 * random(tokens, 8, seed=40), random(8, seed=41), random(8, seed=42)
+    norm, run = LayerNorm(weight, bias, 1e-6), Pass()
+    y, saved = norm.forward(x, run, "norm", dtype, with_mean=True)
+    assert saved is not None and saved.x_hat.dtype is dtype
+    expected = y.clone()
+    assert relative_error(norm.again(saved, run), expected) < tolerance
+    spread = (x - x.mean(1, keepdim=True)).norm()
+    assert float((norm.inputs(saved, torch.empty_like(x)) - x).norm() / spread) < tolerance
+    _, saved = norm.forward(x, run, "norm", dtype)
+    with pytest.raises(AssertionError, match="mean"):
+        norm.inputs(saved, torch.empty_like(x))

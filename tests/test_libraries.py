@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from wasi_edge.memory import libraries
+from wasi_edge.memory import libraries, pages
 
 needs_smaps = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system has no /proc/self/smaps")
 
@@ -77,7 +77,7 @@ def dropped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[int, 
 
     (tmp_path / "smaps").write_text(SMAPS)
     monkeypatch.setattr(libraries, "SMAPS", tmp_path / "smaps")
-    monkeypatch.setattr(libraries.ctypes, "CDLL", lambda _: Libc())
+    monkeypatch.setattr(pages, "_libc", lambda: Libc())
     return calls
 
 

@@ -17,13 +17,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from wasi_edge.keep import (
+    ALL_KEEPS,
+    COMPACT,
+    EXACT,
+    RECOMPUTE,
+    Keep,
+    Rebuild,
+    kept_bytes_per_token,
+    rebuilt_bytes_per_token,
+)
 from wasi_edge.layers.block import Block, SavedBlock
 from wasi_edge.layers.linear import WasiLinear
-from wasi_edge.layers.saving import Keep, Pass
+from wasi_edge.layers.saving import Pass
+from wasi_edge.layers.workspace import Workspace
 from wasi_edge.models.geometry import ViTGeometry
 from wasi_edge.models.vanilla import VanillaBlock
 from wasi_edge.models.vit import build_block, build_vit
-from wasi_edge.planner.memory import FLOAT, Workload, saved_bytes_per_token
 from wasi_edge.subspace.ranks import is_factored_smaller
 from wasi_edge.training.factor_update import FactorUpdate
 from wasi_edge.training.trainer import Recipe, WasiTrainer
@@ -63,46 +73,48 @@ def training_block(geometry: ViTGeometry, rank: int, gradient_rank: int, tokens:
     return block
 
 
-def workload(geometry: ViTGeometry, rank: int, gradient_rank: int) -> Workload:
-    ranks: dict[str, int | None] = dict.fromkeys(geometry.linear_shapes(), rank)
-    return Workload(geometry, geometry.patch_size, ranks, 3, "wasi", gradient_rank, 0)
-
-
 def keep_and_go_back(
     block: Block, geometry: ViTGeometry, keep: Keep, batch: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[int, int]:
-    """Bytes kept between forward and backward, and bytes of what backward rebuilt (0 where it did not)."""
-    rebuilt: list[int] = []
-    original = Block._rebuild
-
-    def spy(self: Block, x: Tensor, run: Pass) -> SavedBlock:
-        saved = original(self, x, run)
-        rebuilt.append(kept_bytes(saved))
-        return saved
-
-    monkeypatch.setattr(Block, "_rebuild", spy)
+    """Bytes kept between forward and backward, and bytes of all shared buffers of what backward rebuilt."""
     run = Pass(refresh_basis=True)
     y, saved = block.forward(torch.randn(batch, tokens, geometry.width), run, keep)
     assert saved is not None
     kept = kept_bytes(saved)
+    taken: dict[str, int] = {}
+    take = Workspace.take
+
+    def spy(self: Workspace, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        view = take(self, name, shape, dtype)
+        if name.startswith("rebuilt."):
+            taken[name] = view.nbytes
+        return view
+
+    monkeypatch.setattr(Workspace, "take", spy)
     block.backward(saved, torch.randn_like(y), run)
-    return kept, sum(rebuilt)
+    monkeypatch.setattr(Workspace, "take", take)
+    return kept, sum(taken.values())
 
 
 @pytest.mark.parametrize("geometry", [TINY, ODD, dataclasses.replace(TINY, width=48, heads=6, mlp_width=200)])
 @pytest.mark.parametrize("gradient_rank", [3, 30])  # 30 is above some widths and below others
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 10), (4, 17), (3, 100)])
-def test_kept_bytes_per_token_are_those_the_planner_counts(geometry, gradient_rank, batch, tokens, monkeypatch):
-    load = workload(geometry, 4, gradient_rank)
-    expected = {
-        Keep.FULL: (saved_bytes_per_token(load, compact=False), 0.0),
-        Keep.COMPACT: (saved_bytes_per_token(load, compact=True), 0.0),
-        Keep.RECOMPUTE: (FLOAT * geometry.width, saved_bytes_per_token(load, compact=False)),
-    }
-    for keep, (kept, rebuilt) in expected.items():
-        block = training_block(geometry, 4, gradient_rank, tokens)
-        actual = keep_and_go_back(block, geometry, keep, batch, tokens, monkeypatch)
-        assert actual == (kept * batch * tokens, rebuilt * batch * tokens), keep
+@pytest.mark.parametrize("keep", ALL_KEEPS)
+def test_kept_and_rebuilt_bytes_per_token_are_those_the_planner_counts(
+    geometry, gradient_rank, batch, tokens, keep, monkeypatch
+):
+    shape = geometry.width, geometry.mlp_width, geometry.heads, gradient_rank
+    block = training_block(geometry, 4, gradient_rank, tokens)
+    actual = keep_and_go_back(block, geometry, keep, batch, tokens, monkeypatch)
+    kept, rebuilt = kept_bytes_per_token(keep, *shape), rebuilt_bytes_per_token(keep, *shape)
+    assert actual == (kept * batch * tokens, rebuilt * batch * tokens)
+
+
+def test_every_level_keeps_less_than_the_one_before():
+    for compact in (True, False):
+        kept = [kept_bytes_per_token(Keep(rebuild, compact), 768, 3072, 12, 32) for rebuild in Rebuild]
+        assert kept == sorted(set(kept), reverse=True)
+        assert kept[Rebuild.BLOCK] == (2 if compact else 4) * 768 + 8
 
 
 def vanilla_saved_bytes_per_token(geometry: ViTGeometry, tokens: int) -> float:
@@ -128,9 +140,9 @@ def vanilla_saved_bytes_per_token(geometry: ViTGeometry, tokens: int) -> float:
 def test_a_block_of_vit_b_keeps_at_most_13_kb_per_token_and_vanilla_more_than_three_times_that(monkeypatch):
     tokens = 50
     block = training_block(VIT_B, 8, 32, tokens)
-    kept, rebuilt = keep_and_go_back(block, VIT_B, Keep.COMPACT, 1, tokens, monkeypatch)
+    kept, rebuilt = keep_and_go_back(block, VIT_B, COMPACT, 1, tokens, monkeypatch)
     compact = kept / tokens
-    assert rebuilt == 0 and compact == saved_bytes_per_token(workload(VIT_B, 8, 32), compact=True)
+    assert rebuilt == 0
     assert compact <= 13_000
     vanilla = vanilla_saved_bytes_per_token(VIT_B, tokens)
     assert vanilla > 3 * compact
@@ -146,11 +158,11 @@ def test_blocks_that_are_recomputed_share_what_they_rebuild():
             assert isinstance(linear, WasiLinear)
             linear.start_training(4, model.tokens, torch.Generator().manual_seed(0))
         run = Pass(refresh_basis=True)
-        features, saved = model.features(torch.randn(2, 3, 16, 16), run, [Keep.RECOMPUTE] * depth)
+        features, saved = model.features(torch.randn(2, 3, 16, 16), run, [RECOMPUTE] * depth)
         assert saved is not None
         model.backward(saved, torch.randn_like(features), run, lambda layer, parts: None)
         held.append(run.workspace.held_bytes())
-    inputs = 2 * model.tokens * TINY.width * FLOAT
+    inputs = 2 * model.tokens * (TINY.width * 2 + 8)  # x_hat in 16 bits, rstd and mean
     assert [held[1] - held[0], held[2] - held[1]] == [inputs, 2 * inputs]
 
 
@@ -161,7 +173,7 @@ def odd_trainer(keeps: list[Keep] | None = None, dtype: torch.dtype = torch.floa
     ranks, tensors = random_tensors(ODD, 5, 3, dtype=dtype)
     tensors["blocks.1.proj.right"].zero_()  # a dead layer takes the slow way of the update
     model = build_vit(ODD, ranks, lambda name: tensors[name].clone(), 12, head=True)
-    return WasiTrainer(model, RECIPE, keeps or [Keep.COMPACT, Keep.RECOMPUTE], 4, seed=0)
+    return WasiTrainer(model, RECIPE, keeps or [COMPACT, RECOMPUTE], 4, seed=0)
 
 
 def train_step(trainer: WasiTrainer, step: int, dtype: torch.dtype = torch.float32) -> None:
@@ -201,7 +213,7 @@ def test_the_recorder_of_shapes_would_see_a_dense_weight():
     assert shapes.dense_weights(ODD) == {(38, 22), (836,)}
 
 
-@pytest.mark.parametrize("keep", list(Keep))
+@pytest.mark.parametrize("keep", ALL_KEEPS)
 def test_training_below_break_even_makes_no_tensor_of_a_weights_size(keep):
     assert all(is_factored_smaller(5, *shape) for shape in ODD.linear_shapes().values())
     with Shapes() as shapes:
@@ -242,7 +254,7 @@ def live_tensor_bytes() -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("keep", list(Keep))
+@pytest.mark.parametrize("keep", ALL_KEEPS)
 def test_nothing_grows_over_five_steps(keep):
     trainer = odd_trainer([keep, keep])
     train_step(trainer, 1)
@@ -265,10 +277,11 @@ def test_a_step_draws_nothing_from_any_global_generator():
     assert python_random.getstate() == before[2]
 
 
-def test_recomputing_a_block_changes_the_training_by_rounding_alone():
+@pytest.mark.parametrize("rebuild", list(Rebuild)[1:])
+def test_rebuilding_changes_the_training_by_rounding_alone(rebuild):
     """To the bit it cannot be: a norm whose x_hat is kept rounds once more than torch's in one piece."""
-    kept = odd_trainer([Keep.FULL, Keep.FULL], dtype=torch.float64)
-    again = odd_trainer([Keep.RECOMPUTE, Keep.RECOMPUTE], dtype=torch.float64)
+    kept = odd_trainer([EXACT, EXACT], dtype=torch.float64)
+    again = odd_trainer([Keep(rebuild, compact=False)] * 2, dtype=torch.float64)
     for step in (1, 2, 3):
         train_step(kept, step, torch.float64)
         train_step(again, step, torch.float64)

@@ -10,9 +10,10 @@ import torch
 from models import TINY, dense_reader, random_tensors, random_vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from wasi_edge.keep import ALL_KEEPS, EXACT, RECOMPUTE
 from wasi_edge.layers import block
 from wasi_edge.layers.linear import WasiLinear
-from wasi_edge.layers.saving import Keep, Pass
+from wasi_edge.layers.saving import Pass
 from wasi_edge.models.vanilla import build_vanilla
 from wasi_edge.models.vit import artefact_name, build_vit, resample_position
 
@@ -63,7 +64,7 @@ def autograd_gradients(geometry, tensors, image_size, pixels, dfeatures):
     return features.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("keep", [Keep.FULL, Keep.RECOMPUTE])
+@pytest.mark.parametrize("keep", [keep for keep in ALL_KEEPS if not keep.compact])
 @pytest.mark.parametrize("features", ["class", "mean", "class+mean"])
 @pytest.mark.parametrize("layer_scale", [True, False])
 def test_every_gradient_equals_autograd_when_the_basis_is_complete(keep, features, layer_scale):
@@ -85,7 +86,7 @@ def test_dense_linears_give_the_same_gradients():
     model = build_vit(TINY, ranks, lambda name: tensors[name].clone(), 16, head=True)
     pixels = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     dfeatures = torch.randn(2, TINY.feature_width, dtype=torch.float64)
-    _, actual = engine_gradients(model, pixels, dfeatures, Keep.FULL)
+    _, actual = engine_gradients(model, pixels, dfeatures, EXACT)
     _, expected = autograd_gradients(TINY, tensors, 16, pixels, dfeatures)
     for name, gradient in expected.items():
         assert relative_error(actual[name], gradient) < 1e-10, name
@@ -97,20 +98,21 @@ def test_class_tokenless_network_and_another_image_size():
     model = build_vit(geometry, ranks, lambda name: tensors[name].clone(), 24, head=True)
     pixels = torch.randn(2, 3, 24, 24, dtype=torch.float64)
     dfeatures = torch.randn(2, geometry.feature_width, dtype=torch.float64)
-    features, actual = engine_gradients(model, pixels, dfeatures, Keep.FULL)
+    features, actual = engine_gradients(model, pixels, dfeatures, EXACT)
     expected_features, expected = autograd_gradients(geometry, tensors, 24, pixels, dfeatures)
     assert relative_error(features, expected_features) < 1e-12
     assert relative_error(actual["patch_embed.weight"], expected["patch_embed.weight"]) < 1e-10
     assert relative_error(actual["position"], expected["position"]) < 1e-10
 
 
-def test_compact_saving_stays_close_to_the_exact_gradients():
+@pytest.mark.parametrize("keep", [keep for keep in ALL_KEEPS if keep.compact])
+def test_compact_saving_stays_close_to_the_exact_gradients(keep):
     model32 = random_vit(dtype=torch.float32)
     generator = torch.Generator().manual_seed(5)
     pixels = torch.randn(4, 3, 16, 16, generator=generator)
     dfeatures = torch.randn(4, TINY.feature_width, generator=generator)
-    _, exact = engine_gradients(random_vit(dtype=torch.float32), pixels, dfeatures, Keep.FULL)
-    _, compact = engine_gradients(model32, pixels, dfeatures, Keep.COMPACT)
+    _, exact = engine_gradients(random_vit(dtype=torch.float32), pixels, dfeatures, EXACT)
+    _, compact = engine_gradients(model32, pixels, dfeatures, keep)
     worst = max(relative_error(compact[name], exact[name]) for name in exact)
     assert 0 < worst < 0.01  # not exact, and rounding of 16 and 8 bits at most
 
@@ -118,13 +120,13 @@ def test_compact_saving_stays_close_to_the_exact_gradients():
 def test_inference_equals_the_training_forward():
     model = random_vit()
     pixels = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    training, _ = engine_gradients(model, pixels, torch.zeros(2, TINY.feature_width, dtype=torch.float64), Keep.FULL)
+    training, _ = engine_gradients(model, pixels, torch.zeros(2, TINY.feature_width, dtype=torch.float64), EXACT)
     inference, saved = model.features(pixels, Pass())
     assert saved is None
     assert relative_error(inference, training) < 1e-14
 
 
-@pytest.mark.parametrize("keep", [Keep.FULL, Keep.COMPACT, Keep.RECOMPUTE])
+@pytest.mark.parametrize("keep", ALL_KEEPS)
 def test_a_second_micro_batch_of_another_size_reuses_the_buffers(keep):
     model = random_vit(dtype=torch.float32)
     for linear in model.linears().values():
@@ -142,5 +144,5 @@ def test_training_leaves_the_global_generator_alone():
     before = torch.random.get_rng_state()
     model = random_vit()
     pixels = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
-    engine_gradients(model, pixels, torch.ones(1, TINY.feature_width, dtype=torch.float64), Keep.RECOMPUTE, 4)
+    engine_gradients(model, pixels, torch.ones(1, TINY.feature_width, dtype=torch.float64), RECOMPUTE, 4)
     assert torch.equal(before, torch.random.get_rng_state())

@@ -17,3 +17,7 @@ CONVERSION_PHOTOS = 8
 WIDE_INPUT = 1024
 # rows of a factor that share one buffer of random bits while they are rounded
 ROUNDING_ROWS = 128
+# float64 (K, K) alive at once in `subspace.weight`: 6.6 in a step, 8.6 while a pair is made orthonormal
+UPDATE_MATRICES = 9
+# most photos that pass through the network together where nothing is trained
+EVALUATION_BATCH = 8

@@ -45,6 +45,10 @@ def finetune(
     image_size: Annotated[int | None, typer.Option(min=8, help="Input size in pixels.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Photos per optimiser step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    train_blocks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train the last N blocks alone.", show_default="all, or as many as fit the budget"),
+    ] = None,
     max_temp: Annotated[float | None, typer.Option(help="Pause above this CPU temperature, Celsius.")] = None,
     nice: Annotated[int | None, typer.Option(min=0, max=19, help="Give way to other programs: 0 to 19.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
@@ -71,6 +75,7 @@ def finetune(
         image_size=image_size,
         batch=batch,
         learning_rate=lr,
+        train_blocks=train_blocks,
         max_temperature=max_temp,
         nice=nice,
         threads=threads,

@@ -187,7 +187,7 @@ class _Walk:
             chosen = range(first, min(first + CONVERSION_PHOTOS, calibration.count))
             batch = np.stack([calibration.read(photo) for photo in chosen])
             pixels = torch.from_numpy(normalise(batch, config.preprocessing))
-            states.append(stem.embed(pixels, self._run)[0].half())
+            states.append(stem.forward(pixels, self._run)[0].half())
         self._tokens = torch.cat(states)
 
     def moments(self, index: int) -> dict[str, Moments]:

@@ -25,13 +25,17 @@ class SavedGelu(NamedTuple):
     derivative: Tensor | None
 
 
-def gelu_forward(a: Tensor, run: Pass, save_as: str | None, compact: bool) -> tuple[Tensor, SavedGelu | None]:
-    """(T, M) -> gelu(a) (T, M), in place in `a` unless `a` itself has to be kept."""
+def gelu_(a: Tensor) -> Tensor:
+    """gelu(a) (T, M), in place."""
+    return torch.ops.aten.gelu_(a)
+
+
+def keep_gelu(a: Tensor, run: Pass, save_as: str | None, compact: bool) -> SavedGelu | None:
+    """What the backward pass needs of GELU's input a (T, M), before it is overwritten."""
     if save_as is None:
-        return torch.ops.aten.gelu_(a), None
+        return None
     if not compact:
-        saved_inputs = run.workspace.keep(save_as, a, a.dtype)
-        return torch.ops.aten.gelu_(a), SavedGelu(saved_inputs, None)
+        return SavedGelu(run.workspace.keep(save_as, a, a.dtype), None)
     derivative = run.workspace.take(save_as, tuple(a.shape), torch.uint8)
     # contiguous: for an expanded one the kernel makes a copy of its whole output
     one = run.workspace.take("gelu.one", (min(GELU_ROWS, len(a)), a.shape[1]), a.dtype).fill_(1.0)
@@ -40,7 +44,7 @@ def gelu_forward(a: Tensor, run: Pass, save_as: str | None, compact: bool) -> tu
         torch.ops.aten.gelu_backward.grad_input(one[: len(inputs)], inputs, grad_input=slope)
         # + 0.5 because conversion to an integer truncates
         target.copy_(slope.sub_(_LOWEST).mul_(1 / _STEP).add_(0.5))
-    return torch.ops.aten.gelu_(a), SavedGelu(None, derivative)
+    return SavedGelu(None, derivative)
 
 
 def gelu_backward(saved: SavedGelu, dy: Tensor, run: Pass) -> Tensor:

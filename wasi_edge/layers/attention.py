@@ -22,7 +22,7 @@ _FUSED = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu") 
 
 
 class SavedAttention(NamedTuple):
-    """`qkv` (B, N, 3D) and `out` (B, N, D) in the saving dtype, `lse` (B, H, N) float32 (None: textbook path)."""
+    """`qkv` (B, N, 3D) and `out` (B, N, D), `lse` (B, H, N) float32 (None: textbook path)."""
 
     qkv: Tensor
     out: Tensor
@@ -30,9 +30,13 @@ class SavedAttention(NamedTuple):
 
 
 def attention_forward(
-    qkv: Tensor, heads: int, run: Pass, save_as: str | None, dtype: torch.dtype, fused: bool = _FUSED
+    qkv: Tensor, heads: int, run: Pass, save_as: str | None, dtype: torch.dtype | None, fused: bool = _FUSED
 ) -> tuple[Tensor, SavedAttention | None]:
-    """(B, N, 3D) -> (B, N, D), in the buffer that all blocks share."""
+    """(B, N, 3D) -> (B, N, D), in the buffer that all blocks share.
+
+    With `save_as`, qkv and the output are copied in `dtype`; None refers to them where they are, for a backward pass
+    that comes before anything else is written there.
+    """
     batch, tokens, triple = qkv.shape
     width, take = triple // 3, run.workspace.take
     out = take("attention.out", (batch, tokens, width), qkv.dtype)
@@ -49,6 +53,8 @@ def attention_forward(
         out[photo].view(tokens, heads, width // heads).copy_(mixed[0].transpose(0, 1))
     if save_as is None:
         return out, None
+    if dtype is None:
+        return out, SavedAttention(qkv, out, lse)
     keep = run.workspace.keep
     return out, SavedAttention(keep(f"{save_as}.qkv", qkv, dtype), keep(f"{save_as}.out", out, dtype), lse)
 

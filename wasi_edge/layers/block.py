@@ -2,18 +2,9 @@
 
     n1 = norm1(x);  x2 = x + proj(attention(qkv(n1)));  n2 = norm2(x2);  y = x2 + fc2(gelu(fc1(n2)))
 
-Bytes per token, width D, MLP width M, heads H, gradient rank r, all linears low-rank:
-
-    kept                     full            compact
-    norm1 x_hat, rstd        4 D + 4         2 D + 4
-    qkv                      12 D            6 D
-    attention out, lse       4 D + 4 H       2 D + 4 H
-    norm2 x_hat, rstd        4 D + 4         2 D + 4
-    gelu                     4 M (input)     M (derivative)
-    z of qkv, proj, fc1, fc2 16 r            16 r
-
-`recompute` keeps x (4 D) and runs the block forward a second time, keeping `full` in buffers that all recomputed
-blocks share. The table is checked by a test that counts the buffers, and it is what the planner adds up.
+`keep.py` has the choices and what each costs per token; `_KEPT` is what they mean here. The backward pass rebuilds the
+rest just before it is read: GELU's derivative from n2, the attention from n1, everything from the block's input. All
+blocks share the buffers of what is rebuilt, because only one of them is in its backward pass at a time.
 """
 
 from __future__ import annotations
@@ -23,19 +14,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wasi_edge.layers.activation import SavedGelu, gelu_backward, gelu_forward
+from wasi_edge.keep import Keep, Rebuild
+from wasi_edge.layers.activation import SavedGelu, gelu_, gelu_backward, keep_gelu
 from wasi_edge.layers.attention import SavedAttention, attention_backward, attention_forward
 from wasi_edge.layers.linear import Linear
 from wasi_edge.layers.norm import LayerNorm, SavedNorm
-from wasi_edge.layers.saving import Keep, Pass
+from wasi_edge.layers.saving import Pass
+
+_PARTS = ("norm1", "qkv", "attention", "proj", "norm2", "fc1", "gelu", "fc2")
+# what the forward pass keeps
+_KEPT = {
+    Rebuild.NOTHING: _PARTS,
+    Rebuild.ATTENTION: tuple(part for part in _PARTS if part != "attention"),
+    Rebuild.BRANCHES: tuple(part for part in _PARTS if part not in ("attention", "gelu")),
+    Rebuild.BLOCK: ("norm1",),
+}
+# the name of the buffers of what is rebuilt
+_REBUILT = "rebuilt"
 
 
 @dataclass
 class SavedBlock:
-    """What the backward pass of one block reads. `x` alone is set when the block is to be recomputed."""
+    """What the backward pass of one block reads; None is rebuilt first."""
 
     shape: tuple[int, int, int]
-    x: Tensor | None = None
+    keep: Keep
     norm1: SavedNorm | None = None
     qkv: Tensor | None = None
     attention: SavedAttention | None = None
@@ -76,32 +79,38 @@ class Block:
 
     def forward(self, x: Tensor, run: Pass, keep: Keep | None) -> tuple[Tensor, SavedBlock | None]:
         """(B, N, D) -> (B, N, D), in the buffer that the outputs of all blocks share. `keep` None: inference."""
-        saved: SavedBlock | None
-        if keep is Keep.RECOMPUTE:
-            saved = SavedBlock(_shape3(x), x=run.workspace.keep(f"{self.name}.x", x, x.dtype))
-            middle, inner = self._to_inner(x, run, None, None)
-        else:
-            saved = None if keep is None else SavedBlock(_shape3(x))
-            middle, inner = self._to_inner(x, run, saved, keep)
-            if saved is not None:
-                saved.fc2 = self.fc2.save(inner, x.shape[1], run, f"{self.name}.fc2")
-        out = run.workspace.take("block.branch", tuple(middle.shape), x.dtype)
-        branch, _ = self.fc2.forward(inner, x.shape[1], run, None, out=out)
-        y = torch.add(middle, branch, out=run.workspace.take("block.out", tuple(middle.shape), x.dtype))
-        return y.view_as(x), saved
+        batch, tokens, width = x.shape
+        saved = SavedBlock((batch, tokens, width), keep or Keep())
+        names = _names(self.name, () if keep is None else _KEPT[keep.rebuild])
+        dtype = _kept_dtype(saved.keep, x.dtype)
+        residual = x.reshape(-1, width)
+
+        needs_input = saved.keep.rebuild is Rebuild.BLOCK
+        n1, saved.norm1 = self.norm1.forward(residual, run, names["norm1"], dtype, with_mean=needs_input)
+        mixed, saved.qkv, saved.attention = self._mix(n1, saved, names, run, dtype)
+        middle, saved.proj = self._add_branch(residual, self.proj, mixed, tokens, run, names["proj"], "block.middle")
+        n2, saved.norm2 = self.norm2.forward(middle, run, names["norm2"], dtype)
+        inner, saved.fc1 = self._expand(n2, tokens, run, names["fc1"])
+        saved.gelu = keep_gelu(inner, run, names["gelu"], saved.keep.compact)
+        y, saved.fc2 = self._add_branch(middle, self.fc2, gelu_(inner), tokens, run, names["fc2"], "block.out")
+        return y.view_as(x), None if keep is None else saved
 
     def backward(self, saved: SavedBlock, dy: Tensor, run: Pass) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, N, D) -> gradient of x, in place in `dy`, and gradients named `<layer>.<parameter>`."""
-        if saved.x is not None:
-            saved = self._rebuild(saved.x, run)
-        assert saved.norm1 and saved.attention and saved.norm2 and saved.gelu
+        batch, tokens, width = saved.shape
+        dy = dy.view(-1, width)
+        if saved.keep.rebuild is Rebuild.BLOCK:
+            self._rebuild(saved, run)
+        elif saved.keep.rebuild is Rebuild.BRANCHES:
+            assert saved.norm2
+            inner, _ = self._expand(self.norm2.again(saved.norm2, run), tokens, run, None)
+            saved.gelu = keep_gelu(inner, run, f"{_REBUILT}.gelu", saved.keep.compact)
+        assert saved.norm1 and saved.norm2 and saved.gelu
         assert saved.qkv is not None and saved.proj is not None
         assert saved.fc1 is not None and saved.fc2 is not None
-        batch, tokens, width = saved.shape
         take = run.workspace.take
         grads: dict[str, Tensor] = {}
 
-        dy = dy.view(-1, width)
         dinner = take("block.inner", (dy.shape[0], self.fc1.shape[0]), dy.dtype)
         dbranch = take("block.branch", (dy.shape[0], width), dy.dtype)
         dinner, grads_fc2 = self.fc2.backward(saved.fc2, dy, tokens, run, out=dinner)
@@ -110,6 +119,10 @@ class Block:
         dx, grads_norm2 = self.norm2.backward(saved.norm2, dbranch, run)
         dy.add_(dx)
 
+        if saved.attention is None:
+            n1 = self.norm1.again(saved.norm1, run)
+            _, _, saved.attention = self._mix(n1, saved, _names(_REBUILT, ("attention",)), run, None)
+        assert saved.attention is not None
         dbranch, grads_proj = self.proj.backward(saved.proj, dy, tokens, run, out=dbranch)
         dqkv = attention_backward(saved.attention, dbranch.view(batch, tokens, width), self.heads, run)
         dbranch, grads_qkv = self.qkv.backward(saved.qkv, dqkv.view(-1, 3 * width), tokens, run, out=dbranch)
@@ -127,48 +140,52 @@ class Block:
             grads.update({f"{layer}.{key}": value for key, value in layer_grads.items()})
         return dy.view(batch, tokens, width), grads
 
-    def _to_inner(self, x: Tensor, run: Pass, saved: SavedBlock | None, keep: Keep | None) -> tuple[Tensor, Tensor]:
-        """All but fc2: the residual after attention (T, D) and gelu's output (T, M). Fills `saved` but for fc2."""
-        batch, tokens, width = x.shape
-        take = run.workspace.take
-        dtype = torch.float16 if keep is Keep.COMPACT else x.dtype
-        # recomputed blocks share one set of buffers: only one of them is in its backward pass at a time
-        slot = "recompute" if keep is None else self.name
-        name = {key: None if saved is None else f"{slot}.{key}" for key in _SLOTS}
+    def _rebuild(self, saved: SavedBlock, run: Pass) -> None:
+        """Everything but the output, again from the kept input; the product of fc2 is read by nobody."""
+        assert saved.norm1
+        tokens = saved.shape[1]
+        names = _names(_REBUILT, _PARTS)
+        n1 = self.norm1.again(saved.norm1, run)
+        # queries, keys, values and the attention's output stay where they are: the MLP's backward leaves them alone
+        mixed, saved.qkv, saved.attention = self._mix(n1, saved, names, run, None)
+        residual = self.norm1.inputs(saved.norm1, run.workspace.take("block.out", tuple(n1.shape), n1.dtype))
+        middle, saved.proj = self._add_branch(residual, self.proj, mixed, tokens, run, names["proj"], "block.middle")
+        dtype = _kept_dtype(saved.keep, middle.dtype)
+        n2, saved.norm2 = self.norm2.forward(middle, run, names["norm2"], dtype)
+        inner, saved.fc1 = self._expand(n2, tokens, run, names["fc1"])
+        saved.gelu = keep_gelu(inner, run, names["gelu"], saved.keep.compact)
+        saved.fc2 = self.fc2.save(gelu_(inner), tokens, run, f"{_REBUILT}.fc2")
 
-        residual = x.reshape(-1, width)
-        count = residual.shape[0]
-        n1, norm1 = self.norm1.forward(residual, run, name["norm1"], dtype)
-        qkv = take("block.qkv", (count, 3 * width), x.dtype)
-        qkv, z_qkv = self.qkv.forward(n1, tokens, run, name["qkv"], out=qkv)
+    def _mix(
+        self, n1: Tensor, saved: SavedBlock, names: dict[str, str | None], run: Pass, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor | None, SavedAttention | None]:
+        """norm1's output (T, D) -> attention's (T, D), the kept input of qkv, and what the attention keeps."""
+        batch, tokens, width = saved.shape
+        qkv = run.workspace.take("block.qkv", (len(n1), 3 * width), n1.dtype)
+        qkv, z = self.qkv.forward(n1, tokens, run, names["qkv"], out=qkv)
         mixed, attention = attention_forward(
-            qkv.view(batch, tokens, 3 * width), self.heads, run, name["attention"], dtype
+            qkv.view(batch, tokens, 3 * width), self.heads, run, names["attention"], dtype
         )
-        branch = take("block.branch", (count, width), x.dtype)
-        branch, z_proj = self.proj.forward(mixed.view(count, width), tokens, run, name["proj"], out=branch)
-        # never in place in x: it may be the copy that was kept
-        middle = torch.add(residual, branch, out=take("block.middle", (count, width), x.dtype))
+        return mixed.view(len(n1), width), z, attention
 
-        n2, norm2 = self.norm2.forward(middle, run, name["norm2"], dtype)
-        inner = take("block.inner", (count, self.fc1.shape[0]), x.dtype)
-        inner, z_fc1 = self.fc1.forward(n2, tokens, run, name["fc1"], out=inner)
-        inner, gelu = gelu_forward(inner, run, name["gelu"], compact=keep is Keep.COMPACT)
-        if saved is not None:
-            saved.norm1, saved.qkv, saved.attention, saved.proj = norm1, z_qkv, attention, z_proj
-            saved.norm2, saved.fc1, saved.gelu = norm2, z_fc1, gelu
-        return middle, inner
+    def _add_branch(
+        self, residual: Tensor, last: Linear, x: Tensor, tokens: int, run: Pass, name: str | None, out: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """residual + last(x) (T, D) in the buffer `out`, and the kept input of `last`."""
+        branch = run.workspace.take("block.branch", tuple(residual.shape), residual.dtype)
+        branch, z = last.forward(x, tokens, run, name, out=branch)
+        return torch.add(residual, branch, out=run.workspace.take(out, tuple(residual.shape), residual.dtype)), z
 
-    def _rebuild(self, x: Tensor, run: Pass) -> SavedBlock:
-        """Run forward again from the kept x and keep everything, without the product of fc2 that nobody reads."""
-        saved = SavedBlock(_shape3(x))
-        _, inner = self._to_inner(x, run, saved, None)
-        saved.fc2 = self.fc2.save(inner, x.shape[1], run, "recompute.fc2")
-        return saved
+    def _expand(self, n2: Tensor, tokens: int, run: Pass, name: str | None) -> tuple[Tensor, Tensor | None]:
+        """norm2's output (T, D) -> GELU's input (T, M), and the kept input of fc1."""
+        inner = run.workspace.take("block.inner", (len(n2), self.fc1.shape[0]), n2.dtype)
+        return self.fc1.forward(n2, tokens, run, name, out=inner)
 
 
-_SLOTS = ("norm1", "qkv", "attention", "proj", "norm2", "fc1", "gelu")
+def _names(slot: str, parts: tuple[str, ...]) -> dict[str, str | None]:
+    """The buffer of each part, None for one that is not kept."""
+    return {part: f"{slot}.{part}" if part in parts else None for part in _PARTS}
 
 
-def _shape3(x: Tensor) -> tuple[int, int, int]:
-    batch, tokens, width = x.shape
-    return batch, tokens, width
+def _kept_dtype(keep: Keep, dtype: torch.dtype) -> torch.dtype:
+    return torch.float16 if keep.compact else dtype

@@ -17,10 +17,11 @@ from wasi_edge.layers.saving import Pass
 
 
 class SavedNorm(NamedTuple):
-    """`x_hat` (T, D) in the saving dtype and `rstd` (T, 1) in that of x."""
+    """`x_hat` (T, D) in the saving dtype, `rstd` (T, 1) and, where x itself is to be rebuilt, `mean` (T, 1) in x's."""
 
     x_hat: Tensor
     rstd: Tensor
+    mean: Tensor | None = None
 
 
 class LayerNorm:
@@ -31,23 +32,44 @@ class LayerNorm:
         self.eps = eps
 
     def forward(
-        self, x: Tensor, run: Pass, save_as: str | None, dtype: torch.dtype | None = None
+        self, x: Tensor, run: Pass, save_as: str | None, dtype: torch.dtype | None = None, with_mean: bool = False
     ) -> tuple[Tensor, SavedNorm | None]:
         """(T, D) -> (T, D), in the buffer all norms share. With `save_as`, x_hat is kept under that name in `dtype`
-        (x's own)."""
+        (x's own), and all that `inputs` needs if `with_mean`."""
         take, shape = run.workspace.take, (x.shape[0], x.shape[1])
         weight, bias = self.params["weight"], self.params["bias"]
         y = take("norm.out", shape, x.dtype)
         saved = None
         if save_as is not None:
-            saved = SavedNorm(take(save_as, shape, dtype or x.dtype), take(f"{save_as}.rstd", (shape[0], 1), x.dtype))
+            saved = SavedNorm(
+                take(save_as, shape, dtype or x.dtype),
+                take(f"{save_as}.rstd", (shape[0], 1), x.dtype),
+                take(f"{save_as}.mean", (shape[0], 1), x.dtype) if with_mean else None,
+            )
         for rows in _chunks(shape[0]):
-            x_hat, _, rstd = torch.native_layer_norm(x[rows], (shape[1],), None, None, self.eps)
+            x_hat, mean, rstd = torch.native_layer_norm(x[rows], (shape[1],), None, None, self.eps)
             if saved is not None:
                 saved.x_hat[rows] = x_hat
                 saved.rstd[rows] = rstd
+                if saved.mean is not None:
+                    saved.mean[rows] = mean
             torch.addcmul(bias, x_hat, weight, out=y[rows])
         return y, saved
+
+    def again(self, saved: SavedNorm, run: Pass) -> Tensor:
+        """The output (T, D) of `forward` once more, in the buffer all norms share."""
+        weight, bias = self.params["weight"], self.params["bias"]
+        y = run.workspace.take("norm.out", tuple(saved.x_hat.shape), saved.rstd.dtype)
+        for rows in _chunks(len(y)):
+            torch.addcmul(bias, saved.x_hat[rows].to(y.dtype), weight, out=y[rows])
+        return y
+
+    def inputs(self, saved: SavedNorm, out: Tensor) -> Tensor:
+        """x (T, D), into `out`, as exactly as x_hat was kept."""
+        assert saved.mean is not None, "the mean was not kept"
+        for rows in _chunks(len(out)):
+            torch.div(saved.x_hat[rows].to(out.dtype), saved.rstd[rows], out=out[rows]).add_(saved.mean[rows])
+        return out
 
     def backward(self, saved: SavedNorm, dy: Tensor, run: Pass) -> tuple[Tensor, dict[str, Tensor]]:
         """(T, D) -> gradient of x (T, D), in the buffer all norms share, and of weight and bias."""

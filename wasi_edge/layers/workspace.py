@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from wasi_edge.memory.pages import drop_pages
+
 
 class Workspace:
     """Named buffers; `take` returns an uninitialised contiguous view of one."""
@@ -33,6 +35,18 @@ class Workspace:
     def keep(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         """A copy of `value` in the buffer `name`, converted to `dtype`."""
         return self.take(name, tuple(value.shape), dtype).copy_(value)
+
+    def lend(self, count: int) -> None:
+        """Give back the memory of the largest buffers, `count` bytes or a little more, until they are taken again.
+
+        For work between two passes. Their contents are lost and their addresses stay: freed and made anew they would
+        end up between what that work leaves behind.
+        """
+        for buffer in sorted(self._buffers.values(), key=lambda buffer: -buffer.nbytes):
+            if count <= 0:
+                return
+            if drop_pages(buffer.data_ptr(), buffer.nbytes):
+                count -= buffer.nbytes
 
     def held_bytes(self) -> int:
         """Bytes of all buffers together."""

@@ -8,13 +8,13 @@ use returns by a fault of microseconds. Measured: 73 MB leave after the import, 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from wasi_edge.memory.pages import drop_pages
+
 SMAPS = Path("/proc/self/smaps")
-_MADV_DONTNEED = 4
 _LEAST_BYTES = 64 * 2**10
 
 
@@ -34,17 +34,11 @@ def release_library_pages() -> int:
     Only mappings that cannot be written and hold nothing but the file's own bytes are touched (relocated data does not
     qualify), so nothing can be lost. Does nothing where the system does not tell (no /proc/self/smaps).
     """
-    try:
-        libc = ctypes.CDLL(None)
-        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    except (OSError, AttributeError, TypeError):
-        return 0
     released = 0
     for mapping in list(_read_only_files()):
         if mapping.private or mapping.resident < _LEAST_BYTES:
             continue
-        # fails on locked memory, which then stays
-        if libc.madvise(mapping.first, mapping.last - mapping.first, _MADV_DONTNEED) == 0:
+        if drop_pages(mapping.first, mapping.last - mapping.first):
             released += mapping.resident
     return released
 

@@ -3,7 +3,9 @@
     photo -> patches -> tokens (class token, position) -> blocks -> norm -> features -> logits
 
 Features are the class token, the mean of the patch tokens, or both side by side, after the last norm. Forward and
-backward are written out; there is no autograd tape. What each block keeps is the plan's decision (`keeps`).
+backward are written out; there is no autograd tape. What each block keeps is the plan's decision (`keeps`); blocks
+before those it speaks of are frozen. A network may be built in two parts: the frozen blocks with the embedding, and
+the blocks that learn, which then take the tokens that the first part made.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from wasi_edge.keep import Keep
 from wasi_edge.layers.block import Block, SavedBlock
 from wasi_edge.layers.linear import DenseLinear, Linear, WasiLinear
 from wasi_edge.layers.norm import LayerNorm, SavedNorm
-from wasi_edge.layers.saving import Keep, Pass
+from wasi_edge.layers.saving import Pass
 from wasi_edge.models.geometry import ViTGeometry
 
 OnGradients = Callable[[str, dict[str, Tensor]], None]
@@ -26,46 +29,85 @@ OnGradients = Callable[[str, dict[str, Tensor]], None]
 
 @dataclass
 class SavedForward:
-    """What the backward pass of the whole network reads."""
+    """What the backward pass reads: `patches` where the embedding learns, `blocks` of the blocks that do."""
 
-    patches: Tensor
+    patches: Tensor | None
     blocks: list[SavedBlock]
     norm: SavedNorm
 
 
+class Stem:
+    """Photo -> patches -> tokens. `position` (N, D) is already resampled to the input size."""
+
+    def __init__(self, patch_size: int, patch_embed: DenseLinear, class_token: Tensor | None, position: Tensor) -> None:
+        self.patch_size = patch_size
+        self.patch_embed, self.class_token, self.position = patch_embed, class_token, position
+
+    def parameters(self) -> dict[str, Tensor]:
+        """By artefact name."""
+        named: dict[str, Tensor] = {f"patch_embed.{key}": value for key, value in self.patch_embed.params.items()}
+        if self.class_token is not None:
+            named["class_token"] = self.class_token
+        return named | {"position": self.position}
+
+    def forward(self, pixels: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
+        """(B, C, S, S) -> tokens (B, N, D) and the patches (B * g * g, C * p * p) they were made from."""
+        batch, channels, side, _ = pixels.shape
+        p, (tokens, width) = self.patch_size, self.position.shape
+        grid = side // p
+        patches = run.workspace.take("patches", (batch, grid, grid, channels, p, p), pixels.dtype)
+        patches.copy_(pixels.view(batch, channels, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5))
+        patches = patches.view(batch * grid * grid, channels * p * p)
+        embedded = run.workspace.take("block.branch", (len(patches), width), pixels.dtype)
+        embedded, _ = self.patch_embed.forward(patches, grid * grid, run, None, out=embedded)
+        x = run.workspace.take("block.out", (batch, tokens, width), pixels.dtype)
+        x[:, self._first_patch :].copy_(embedded.view(batch, grid * grid, width))
+        if self.class_token is not None:
+            x[:, 0] = self.class_token
+        return x.add_(self.position), patches
+
+    def backward(self, patches: Tensor, dx: Tensor, run: Pass, on_gradients: OnGradients) -> None:
+        """Gradients from that of the tokens (B, N, D); photos need none."""
+        root = {"position": dx.sum(0)}
+        if self.class_token is not None:
+            root["class_token"] = dx[:, 0].sum(0)
+        on_gradients("", root)
+        dpatches = run.workspace.keep("block.branch", dx[:, self._first_patch :], dx.dtype).view(-1, dx.shape[2])
+        on_gradients("patch_embed", {"weight": dpatches.t() @ patches, "bias": dpatches.sum(0)})
+
+    @property
+    def _first_patch(self) -> int:
+        return 0 if self.class_token is None else 1
+
+
 class VisionTransformer:
-    """The network at one input size. `position` (N, D) is already resampled to that size."""
+    """The network, or its last blocks alone, at one input size. `stem` None: tokens come in instead of photos."""
 
     def __init__(
         self,
         geometry: ViTGeometry,
         image_size: int,
-        patch_embed: DenseLinear,
-        class_token: Tensor | None,
-        position: Tensor,
+        stem: Stem | None,
         blocks: Sequence[Block],
         norm: LayerNorm,
         head: DenseLinear | None,
     ) -> None:
         self.geometry, self.image_size = geometry, image_size
-        self.patch_embed, self.class_token, self.position = patch_embed, class_token, position
-        self.blocks, self.norm, self.head = list(blocks), norm, head
+        self.stem, self.blocks, self.norm, self.head = stem, list(blocks), norm, head
 
     @property
     def tokens(self) -> int:
         """Tokens per photo, class token included."""
-        return self.position.shape[0]
+        return self.geometry.tokens(self.image_size)
 
-    def linears(self) -> dict[str, Linear]:
-        """Every linear of every block, by name."""
-        return {f"{block.name}.{key}": layer for block in self.blocks for key, layer in block.linears.items()}
+    def linears(self, last_blocks: int | None = None) -> dict[str, Linear]:
+        """Every linear of every block, or of the last ones, by name."""
+        blocks = self.blocks if last_blocks is None else self._last(last_blocks)
+        return {f"{block.name}.{key}": layer for block in blocks for key, layer in block.linears.items()}
 
     def parameters(self) -> dict[str, Tensor]:
         """Every parameter under its name in the artefact (`docs/architecture.md`)."""
-        named: dict[str, Tensor] = {f"patch_embed.{key}": value for key, value in self.patch_embed.params.items()}
-        if self.class_token is not None:
-            named["class_token"] = self.class_token
-        named["position"] = self.position
+        named: dict[str, Tensor] = {} if self.stem is None else self.stem.parameters()
         for block in self.blocks:
             for layer, parts in block.layers.items():
                 for key, value in parts.params.items():
@@ -75,14 +117,24 @@ class VisionTransformer:
             named |= {f"head.{key}": value for key, value in self.head.params.items()}
         return named
 
+    def learning_parameters(self, trained_blocks: int) -> dict[str, Tensor]:
+        """Those of `parameters` that learn when the last `trained_blocks` blocks do."""
+        named = self.parameters()
+        if trained_blocks == self.geometry.depth:
+            return named
+        learning = tuple(f"{block.name}." for block in self._last(trained_blocks))
+        return {name: value for name, value in named.items() if name.startswith((*learning, "norm.", "head."))}
+
     def features(
-        self, pixels: Tensor, run: Pass, keeps: Sequence[Keep] | None = None
+        self, inputs: Tensor, run: Pass, keeps: Sequence[Keep] | None = None
     ) -> tuple[Tensor, SavedForward | None]:
-        """(B, C, S, S) -> (B, F). With `keeps`, one choice a block, what the backward pass needs is kept."""
-        x, patches = self.embed(pixels, run)
+        """(B, C, S, S), or tokens (B, N, D) without a stem -> (B, F). With `keeps`, one choice for each of the last
+        blocks, what the backward pass needs is kept."""
+        x, patches = self._tokens(inputs, run)
+        frozen = len(self.blocks) - (0 if keeps is None else len(keeps))
         saved_blocks = []
         for index, block in enumerate(self.blocks):
-            x, saved = block.forward(x, run, None if keeps is None else keeps[index])
+            x, saved = block.forward(x, run, None if keeps is None or index < frozen else keeps[index - frozen])
             if saved is not None:
                 saved_blocks.append(saved)
         batch, tokens, width = x.shape
@@ -91,28 +143,19 @@ class VisionTransformer:
         features = self._pool(normed.view(batch, tokens, width))
         if saved_norm is None:
             return features, None
-        return features, SavedForward(patches, saved_blocks, saved_norm)
+        return features, SavedForward(None if frozen else patches, saved_blocks, saved_norm)
 
-    def logits(self, pixels: Tensor, run: Pass) -> Tensor:
-        """(B, C, S, S) -> (B, classes)."""
+    def logits(self, inputs: Tensor, run: Pass) -> Tensor:
+        """(B, C, S, S), or tokens (B, N, D) without a stem -> (B, classes)."""
         assert self.head is not None, "this model has no classifier"
-        return self.head.forward(self.features(pixels, run)[0], 1, run, None)[0]
+        return self.head.forward(self.features(inputs, run)[0], 1, run, None)[0]
 
-    def embed(self, pixels: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
-        """(B, C, S, S) -> tokens (B, N, D) and the patches (B * g * g, C * p * p) they were made from."""
-        batch, channels, side, _ = pixels.shape
-        p, width = self.geometry.patch_size, self.geometry.width
-        grid = side // p
-        patches = run.workspace.take("patches", (batch, grid, grid, channels, p, p), pixels.dtype)
-        patches.copy_(pixels.view(batch, channels, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5))
-        patches = patches.view(batch * grid * grid, channels * p * p)
-        embedded = run.workspace.take("block.branch", (len(patches), width), pixels.dtype)
-        embedded, _ = self.patch_embed.forward(patches, grid * grid, run, None, out=embedded)
-        x = run.workspace.take("block.out", (batch, self.tokens, width), pixels.dtype)
-        x[:, self._first_patch :].copy_(embedded.view(batch, grid * grid, width))
-        if self.class_token is not None:
-            x[:, 0] = self.class_token
-        return x.add_(self.position), patches
+    def last_tokens(self, inputs: Tensor, run: Pass) -> Tensor:
+        """(B, C, S, S) -> what the last block makes of it (B, N, D), before the last norm; a buffer."""
+        x, _ = self._tokens(inputs, run)
+        for block in self.blocks:
+            x, _ = block.forward(x, run, None)
+        return x
 
     def backward(self, saved: SavedForward, dfeatures: Tensor, run: Pass, on_gradients: OnGradients) -> None:
         """Walk back from (B, F). `on_gradients(layer name, gradients)` is called as each layer's are complete."""
@@ -125,20 +168,24 @@ class VisionTransformer:
         on_gradients("norm", grads)
         # every block adds its part to this one in place
         dx = dnormed.copy_(dx.view(batch, self.tokens, width))
-        for block, saved_block in zip(reversed(self.blocks), reversed(saved.blocks), strict=True):
+        for block, saved_block in zip(reversed(self._last(len(saved.blocks))), reversed(saved.blocks), strict=True):
             dx, grads = block.backward(saved_block, dx, run)
             on_gradients(block.name, grads)
-        root = {"position": dx.sum(0)}
-        if self.class_token is not None:
-            root["class_token"] = dx[:, 0].sum(0)
-        on_gradients("", root)
-        dpatches = run.workspace.keep("block.branch", dx[:, self._first_patch :], dx.dtype).view(-1, width)
-        grads = {"weight": dpatches.t() @ saved.patches, "bias": dpatches.sum(0)}
-        on_gradients("patch_embed", grads)
+        if saved.patches is not None and self.stem is not None:
+            self.stem.backward(saved.patches, dx, run, on_gradients)
+
+    def _last(self, count: int) -> list[Block]:
+        return self.blocks[len(self.blocks) - count :]
+
+    def _tokens(self, inputs: Tensor, run: Pass) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, N, D) of photos, and their patches; tokens themselves are copied to where blocks expect them."""
+        if self.stem is not None:
+            return self.stem.forward(inputs, run)
+        return run.workspace.keep("block.out", inputs, inputs.dtype), None
 
     @property
     def _first_patch(self) -> int:
-        return 0 if self.class_token is None else 1
+        return int(self.geometry.class_token)
 
     def _pool(self, normed: Tensor) -> Tensor:
         """(B, N, D) -> (B, F)."""
@@ -173,28 +220,34 @@ def artefact_name(layer: str, key: str) -> str:
 
 
 def build_vit(
-    geometry: ViTGeometry, ranks: Mapping[str, int | None], read: Callable[[str], Tensor], image_size: int, head: bool
+    geometry: ViTGeometry,
+    ranks: Mapping[str, int | None],
+    read: Callable[[str], Tensor],
+    image_size: int,
+    head: bool,
+    blocks: range | None = None,
 ) -> VisionTransformer:
     """A network of float32 parameters. `read(name)` gives a tensor by its artefact name; `ranks[linear]` is its
-    rank, None for a dense one; the position embedding is resampled to `image_size`."""
-    model = build_stem(geometry, read, image_size)
-    model.blocks = [build_block(geometry, index, ranks, read) for index in range(geometry.depth)]
-    if head:
-        model.head = DenseLinear(read("head.weight"), read("head.bias"))
-    return model
-
-
-def build_stem(geometry: ViTGeometry, read: Callable[[str], Tensor], image_size: int) -> VisionTransformer:
-    """The network without blocks and head, for `embed`; arguments as for `build_vit`."""
+    rank, None for a dense one; the position embedding is resampled to `image_size`. With `blocks`, a part of it:
+    the stem belongs to the first block."""
+    blocks = range(geometry.depth) if blocks is None else blocks
     return VisionTransformer(
         geometry,
         image_size,
+        build_stem(geometry, read, image_size) if blocks.start == 0 else None,
+        [build_block(geometry, index, ranks, read) for index in blocks],
+        LayerNorm(read("norm.weight"), read("norm.bias"), geometry.norm_eps),
+        DenseLinear(read("head.weight"), read("head.bias")) if head else None,
+    )
+
+
+def build_stem(geometry: ViTGeometry, read: Callable[[str], Tensor], image_size: int) -> Stem:
+    """What comes before the blocks; arguments as for `build_vit`."""
+    return Stem(
+        geometry.patch_size,
         DenseLinear(read("patch_embed.weight"), read("patch_embed.bias")),
         read("class_token") if geometry.class_token else None,
         resample_position(read("position"), geometry, image_size),
-        blocks=[],
-        norm=LayerNorm(read("norm.weight"), read("norm.bias"), geometry.norm_eps),
-        head=None,
     )
 
 

@@ -1,28 +1,29 @@
 """How many bytes a training run holds, by arithmetic over the network's shapes. No torch, nothing allocated.
 
 Every figure is a sum over named items, so that a plan can show where each megabyte goes. What the engine keeps per
-block and token is the table in `layers/block.py`; `tests/test_planner.py` compares the two. What cannot be derived
+block and token is the table in `keep.py`; tests compare it with the engine. What cannot be derived
 (libraries, thread stacks, packing buffers of the matrix products) is measured by the probe and passed in as the base.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
-from wasi_edge.chunks import GELU_ROWS, HEAD_ROWS, NORM_ROWS
+from wasi_edge.chunks import EVALUATION_BATCH, GELU_ROWS, HEAD_ROWS, NORM_ROWS, UPDATE_MATRICES
+from wasi_edge.keep import kept_bytes_per_token, rebuilt_bytes_per_token
 from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.planner.choices import Choices
 
 FLOAT = 4
 # Rounding of every buffer to pages, Python objects, and what malloc loses between blocks.
-HEAP_SLACK_BYTES = 6 * 2**20
+HEAP_SLACK_BYTES = 4 * 2**20
 HEAP_SLACK_SHARE = 0.03
 # What autograd's tape may take more where the heap serves it. Measured: nothing at micro-batch 16 (2,224 MB, 2,236
 # counted without gaps); under glibc's own rules it was as much again.
 HEAP_GAP_SHARE = 0.25
-# float64 (K, K) alive at once in `subspace.weight.update_weight`
-UPDATE_MATRICES = 8
 
 
 @dataclass(frozen=True)
@@ -38,32 +39,58 @@ class Workload:
     ranks: Mapping[str, int | None]
     num_classes: int
     method: str
-    gradient_rank: int
     augment_photo_bytes: int
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """N, tokens per photo."""
         return self.geometry.tokens(self.image_size)
 
+    @cached_property
+    def linears(self) -> list[list[tuple[int, int, int]]]:
+        """(O, I, K) of the linears of each block, K 0 where dense."""
+        shapes = self.geometry.linear_shapes()
+        named = [(name, out, inner, self.ranks[name] or 0) for name, (out, inner) in shapes.items()]
+        return [
+            [(out, inner, rank) for name, out, inner, rank in named if name.startswith(f"blocks.{block}.")]
+            for block in range(self.geometry.depth)
+        ]
 
-@dataclass(frozen=True, kw_only=True)
-class Choices:
-    """What the planner is free to decide about a run of `wasi`.
+    @cached_property
+    def largest_rank(self) -> int:
+        """The largest K."""
+        return max(rank for block in self.linears for _, _, rank in block)
 
-    micro_batch         photos that pass forward and backward together
-    recomputed_blocks   blocks, counted from the end, that keep their input alone
-    carried_grams       hold the Gram matrices of the factors instead of rebuilding them at every step
-    weight_bits         32, or 16: factors in float16, rounded stochastically
-    reused_heap         freed blocks stay in the process and are used again: autograd's tape then faults no pages, but
-                        its many sizes leave gaps (the explicit engine's few small blocks do not: always on)
-    """
+    @cached_property
+    def counts(self) -> Counts:
+        """Parameters by where they are."""
+        depth = self.geometry.depth
+        linears, others, stem, top = [0] * depth, [0] * depth, 0, 0
+        for name, shape in self.geometry.tensor_shapes(self.ranks, self.num_classes).items():
+            count = math.prod(shape)
+            if name.startswith("blocks."):
+                block = int(name.split(".")[1])
+                if len(shape) == 2:
+                    linears[block] += count
+                else:
+                    others[block] += count
+            elif name == "position":
+                stem += self.tokens * self.geometry.width
+            elif name.startswith(("patch_embed", "class_token")):
+                stem += count
+            else:
+                top += count
+        return Counts(tuple(linears), tuple(others), stem, top)
 
-    micro_batch: int
-    recomputed_blocks: int = 0
-    carried_grams: bool = True
-    weight_bits: int = 32
-    reused_heap: bool = True
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters: of each block's linears, of the rest of each block, before the blocks, after them."""
+
+    linears: tuple[int, ...]
+    others: tuple[int, ...]
+    stem: int
+    top: int
 
 
 @dataclass(frozen=True)
@@ -76,65 +103,54 @@ class Item:
 
 def weight_counts(load: Workload) -> tuple[int, int]:
     """Parameters in the blocks' linears, and all others (norms, biases, embeddings, head)."""
-    shapes = load.geometry.tensor_shapes(load.ranks, load.num_classes)
-    linears = others = 0
-    for name, shape in shapes.items():
-        count = math.prod(shape)
-        if name == "position":
-            count = load.tokens * load.geometry.width
-        if name.endswith((".left", ".right")) or (name.startswith("blocks.") and len(shape) == 2):
-            linears += count
-        else:
-            others += count
-    return linears, others
+    counts = load.counts
+    return sum(counts.linears), sum(counts.others) + counts.stem + counts.top
 
 
 def largest_linear_bytes(load: Workload) -> int:
     """float32 bytes of the largest (O, I) among the linears."""
-    return max(out * inner for out, inner in load.geometry.linear_shapes().values()) * FLOAT
+    return max(out * inner for block in load.linears for out, inner, _ in block) * FLOAT
 
 
-def subspace_bytes(load: Workload) -> int:
-    """(O, r) and (I, r) of every linear: a gradient P with its basis U, or a momentum with its own."""
-    shapes = load.geometry.linear_shapes().values()
-    return sum((out + inner) * min(load.gradient_rank, inner) for out, inner in shapes) * FLOAT
+def subspace_bytes(load: Workload, choices: Choices) -> int:
+    """(O, r) and (I, r) of every trained linear: a gradient P with its basis U, or a momentum with its own."""
+    return sum(
+        (out + inner) * min(choices.gradient_rank, inner) * FLOAT for out, inner, _ in _trained_linears(load, choices)
+    )
 
 
-def gram_bytes(load: Workload) -> int:
-    """The Gram matrices of all factors, two symmetric float64 (K, K) packed in one."""
-    return sum((rank or 0) * ((rank or 0) + 1) for rank in load.ranks.values()) * 2 * FLOAT
+def gram_bytes(load: Workload, choices: Choices) -> int:
+    """The Gram matrices of the trained factors, two symmetric float64 (K, K) packed in one."""
+    return sum(rank * (rank + 1) * 2 * FLOAT for _, _, rank in _trained_linears(load, choices))
 
 
-def update_state_bytes(load: Workload, carried_grams: bool = True) -> int:
+def update_state_bytes(load: Workload, choices: Choices) -> int:
     """State of the rule that updates the factors: momentum and its basis, and Gram matrices if they are carried."""
-    return subspace_bytes(load) + (gram_bytes(load) if carried_grams else 0)
+    return subspace_bytes(load, choices) + (gram_bytes(load, choices) if choices.carried_grams else 0)
 
 
-def update_scratch_bytes(load: Workload, weight_bits: int) -> int:
-    """What the update of the linear at work needs beside its state: float64 (K, K) matrices, widened factors."""
-    matrices = UPDATE_MATRICES * max((rank or 0) ** 2 for rank in load.ranks.values()) * 2 * FLOAT
-    if weight_bits == 32:
-        return matrices
-    return matrices + max((out + inner) * (rank or 0) for (out, inner), rank in _with_rank(load)) * FLOAT
+def update_scratch_bytes(load: Workload) -> int:
+    """What the update of the linear at work needs beside its state: float64 (K, K) matrices, widened factors, and as
+    much again for the gaps that blocks of many sizes leave."""
+    matrices = UPDATE_MATRICES * load.largest_rank**2 * 2 * FLOAT
+    return 2 * (matrices + max((out + inner) * rank for block in load.linears for out, inner, rank in block) * FLOAT)
 
 
-def saved_bytes_per_token(load: Workload, compact: bool) -> float:
-    """What one block keeps for each token between its forward and its backward pass (see `layers/block.py`)."""
-    d, m, heads = load.geometry.width, load.geometry.mlp_width, load.geometry.heads
-    size = 2 if compact else FLOAT
-    kept = size * (2 * d + 3 * d + d) + FLOAT * (2 + heads)
-    kept += m if compact else FLOAT * m
-    inputs = {"qkv": d, "proj": d, "fc1": d, "fc2": m}
-    return kept + FLOAT * sum(min(load.gradient_rank, width) for width in inputs.values())
+def kept_bytes(load: Workload, choices: Choices) -> int:
+    """What all trained blocks keep for each token, and what the one at work rebuilds."""
+    geometry, keeps = load.geometry, choices.keeps()
+    shape = geometry.width, geometry.mlp_width, geometry.heads, choices.gradient_rank
+    kept = {keep: kept_bytes_per_token(keep, *shape) for keep in set(keeps)}
+    rebuilt = (rebuilt_bytes_per_token(keep, *shape) for keep in set(keeps))
+    return sum(kept[keep] for keep in keeps) + max(rebuilt, default=0)
 
 
 def forward_bytes_per_token(load: Workload) -> int:
     """What a forward pass holds per token beside the weights, whether or not anything is kept."""
     d, m = load.geometry.width, load.geometry.mlp_width
-    hidden = max((rank or 0) for rank in load.ranks.values())
     patches = load.geometry.channels * load.geometry.patch_size**2
     # hidden, qkv, (branch, middle, out, norm's and attention's output), inner, patches
-    return FLOAT * (hidden + 3 * d + 5 * d + m + patches)
+    return FLOAT * (load.largest_rank + 3 * d + 5 * d + m + patches)
 
 
 def shared_bytes_per_token(load: Workload) -> int:
@@ -144,51 +160,82 @@ def shared_bytes_per_token(load: Workload) -> int:
     return forward_bytes_per_token(load) + FLOAT * 2 * d
 
 
+def fresh_bytes(load: Workload, micro_batch: int) -> int:
+    """What is made anew each time: norms, a few tokens at a time, and attention, photo by photo (q, k, v and their
+    gradients, the output and its). Counted twice, for the gaps it leaves in the heap."""
+    d, rows = load.geometry.width, min(micro_batch * load.tokens, NORM_ROWS)
+    return FLOAT * 2 * (2 * d * rows + load.tokens * 8 * d)
+
+
 def scratch_bytes(load: Workload, micro_batch: int, compact: bool) -> int:
-    """What goes through the tokens a few at a time, GELU's derivative (where it is kept) and the norms, and the
-    attention photo by photo: q, k, v and their gradients, the output and its."""
-    d, m = load.geometry.width, load.geometry.mlp_width
-    rows = micro_batch * load.tokens
-    largest = max((rank or 0) * out for (out, _), rank in _with_rank(load))  # a factor times LayerScale
-    few = (2 * m * min(rows, GELU_ROWS) if compact else 0) + 2 * d * min(rows, NORM_ROWS) + load.tokens * 8 * d
-    return FLOAT * (few + (largest if load.geometry.layer_scale else 0))
+    """What is made anew, and the buffers of GELU's derivative (where it is kept), a few tokens at a time, and of a
+    factor times LayerScale."""
+    rows = min(micro_batch * load.tokens, GELU_ROWS)
+    few = 2 * load.geometry.mlp_width * rows if compact else 0
+    if load.geometry.layer_scale:
+        few += max(rank * out for block in load.linears for out, _, rank in block)
+    return FLOAT * few + fresh_bytes(load, micro_batch)
 
 
 def widened_bytes(load: Workload, weight_bits: int) -> int:
     """The two buffers in which 16-bit factors of the layer at work are widened."""
     if weight_bits == 32:
         return 0
-    shapes = _with_rank(load)
-    left = max(out * (rank or 0) for (out, _), rank in shapes)
-    right = max(inner * (rank or 0) for (_, inner), rank in shapes)
+    linears = [linear for block in load.linears for linear in block]
+    left = max(out * rank for out, _, rank in linears)
+    right = max(inner * rank for _, inner, rank in linears)
     return (left + right) * FLOAT
+
+
+def cached_bytes_per_photo(load: Workload) -> int:
+    """Disk for one view of a photo after the frozen blocks: float16 and a float32 scale per token."""
+    return load.tokens * (2 * load.geometry.width + 4)
 
 
 def training_items(load: Workload, choices: Choices) -> list[Item]:
     """Memory of a run of `wasi` beyond the base, item by item."""
-    geometry, micro_batch, recomputed_blocks = load.geometry, choices.micro_batch, choices.recomputed_blocks
-    linears, others = weight_counts(load)
+    counts, micro_batch = load.counts, choices.micro_batch
+    depth = load.geometry.depth
+    first = depth - choices.trained_blocks
+    held = slice(first if choices.cached_views else 0, depth)
+    linears = sum(counts.linears[held])
+    others = sum(counts.others[held]) + counts.top + (0 if choices.cached_views else counts.stem)
+    learning = sum(counts.others[first:]) + counts.top + (0 if first else counts.stem)
+    # the patch embedding's gradient is made anew by each micro-batch and then added
+    made = 0 if first else load.geometry.width * load.geometry.channels * load.geometry.patch_size**2
     tokens = micro_batch * load.tokens
-    kept_blocks = geometry.depth - recomputed_blocks
-    kept = kept_blocks * saved_bytes_per_token(load, compact=True)
-    if recomputed_blocks:
-        kept += recomputed_blocks * FLOAT * geometry.width + saved_bytes_per_token(load, compact=False)
-    at_work = tokens * shared_bytes_per_token(load) + scratch_bytes(load, micro_batch, compact=kept_blocks > 0)
+    at_work = tokens * shared_bytes_per_token(load) + scratch_bytes(load, micro_batch, choices.compact)
     at_work += widened_bytes(load, choices.weight_bits)
-    photos = micro_batch * (load.augment_photo_bytes * 2 + 3 * load.image_size**2 * (FLOAT + 1))
+    kept = tokens * kept_bytes(load, choices)
+    updating = update_scratch_bytes(load)  # in the memory of the two, as far as it goes
     items = [
         Item(f"weights (factors, {choices.weight_bits} bits)", linears * choices.weight_bits // 8),
         Item("weights (norms, biases, embeddings, head)", others * FLOAT),
-        Item("gradients (P, U, dense parameters)", subspace_bytes(load) + others * FLOAT),
+        Item("gradients (P, U, dense parameters)", subspace_bytes(load, choices) + (learning + made) * FLOAT),
         Item(
             "optimiser state (momentum, Gram matrices, moments)",
-            update_state_bytes(load, choices.carried_grams)
-            + update_scratch_bytes(load, choices.weight_bits)
-            + others * 2 * FLOAT,
+            update_state_bytes(load, choices) + learning * 2 * FLOAT + max(0, updating - kept - at_work),
         ),
-        Item("kept for the backward pass", int(tokens * kept)),
+        Item("kept for the backward pass", kept),
         Item("buffers of the layer at work", at_work),
-        Item("photos of a micro-batch", photos),
+        _photos(load, micro_batch),
+    ]
+    return _with_slack(items)
+
+
+def frozen_items(load: Workload, choices: Choices) -> list[Item]:
+    """Memory beyond the base while the output of the frozen blocks is cached, before anything is trained."""
+    counts, micro_batch = load.counts, min(choices.micro_batch, EVALUATION_BATCH)
+    frozen = slice(0, load.geometry.depth - choices.trained_blocks)
+    others = sum(counts.others[frozen]) + counts.stem
+    items = [
+        Item("weights of the frozen blocks", sum(counts.linears[frozen]) * choices.weight_bits // 8 + others * FLOAT),
+        Item(
+            "buffers of the layer at work",
+            micro_batch * (load.tokens * forward_bytes_per_token(load) + cached_bytes_per_photo(load))
+            + widened_bytes(load, choices.weight_bits),
+        ),
+        _photos(load, micro_batch),
     ]
     return _with_slack(items)
 
@@ -211,26 +258,25 @@ def vanilla_items(load: Workload, choices: Choices) -> list[Item]:
         Item("kept for the backward pass", kept),
         Item("tensors of the layer at work", at_work),
         Item("gaps in the heap", int(HEAP_GAP_SHARE * (kept + at_work)) if choices.reused_heap else 0),
-        Item("photos of a micro-batch", micro_batch * (2 * load.augment_photo_bytes + 15 * load.image_size**2)),
+        _photos(load, micro_batch),
     ]
     return _with_slack(items)
 
 
-def head_items(load: Workload, micro_batch: int, num_photos: int, trained: Choices | None = None) -> list[Item]:
-    """Memory of a run of `head` beyond the base: weights, one forward pass, and the features' statistics.
-
-    `trained`: how the network will be trained afterwards, for what exists by then.
-    """
-    linears, others = weight_counts(load)
-    tokens = micro_batch * load.tokens
-    grams = gram_bytes(load) if trained is not None and trained.carried_grams else 0
-    bits = 32 if trained is None else trained.weight_bits
+def head_items(load: Workload, choices: Choices, num_photos: int) -> list[Item]:
+    """Memory beyond the base while the closed-form head is fitted: weights, one forward pass, and the features'
+    statistics; of what training needs later, what exists by then."""
+    counts, micro_batch = load.counts, min(choices.micro_batch, EVALUATION_BATCH)
+    depth = load.geometry.depth
+    held = slice(depth - choices.trained_blocks if choices.cached_views else 0, depth)
+    others = sum(counts.others[held]) + counts.top + (0 if choices.cached_views else counts.stem)
+    buffers = micro_batch * load.tokens * forward_bytes_per_token(load) + widened_bytes(load, choices.weight_bits)
     items = [
-        Item("weights", linears * bits // 8 + others * FLOAT),
-        Item("buffers of the layer at work", tokens * forward_bytes_per_token(load) + widened_bytes(load, bits)),
-        Item("Gram matrices of the factors, if carried", grams),
+        Item("weights", sum(counts.linears[held]) * choices.weight_bits // 8 + others * FLOAT),
+        Item("buffers of the layer at work", buffers),
+        Item("Gram matrices of the factors, if carried", gram_bytes(load, choices) if choices.carried_grams else 0),
         Item("features and the closed-form fit", head_fit_bytes(load, num_photos)),
-        Item("photos of a micro-batch", micro_batch * (2 * load.augment_photo_bytes + 15 * load.image_size**2)),
+        _photos(load, micro_batch),
     ]
     return _with_slack(items)
 
@@ -239,12 +285,18 @@ def head_fit_bytes(load: Workload, num_photos: int) -> int:
     """Features of all photos and the float64 matrices of the ridge fit, which takes a few photos at a time."""
     width = load.geometry.feature_width
     kept = num_photos * (width * FLOAT + load.num_classes * 12 * 8)
-    return kept + HEAD_ROWS * width * 3 * 8 + 6 * width * width * 8
+    return kept + HEAD_ROWS * width * 3 * 8 + 3 * width * width * 8
 
 
-def _with_rank(load: Workload) -> list[tuple[tuple[int, int], int | None]]:
-    """((O, I), rank) of every linear."""
-    return [(shape, load.ranks[name]) for name, shape in load.geometry.linear_shapes().items()]
+def _photos(load: Workload, micro_batch: int) -> Item:
+    """Decoded views of a micro-batch, and their pixels normalised."""
+    per_photo = load.augment_photo_bytes * 2 + 3 * load.image_size**2 * (FLOAT + 1)
+    return Item("photos of a micro-batch", micro_batch * per_photo)
+
+
+def _trained_linears(load: Workload, choices: Choices) -> Iterator[tuple[int, int, int]]:
+    for block in load.linears[load.geometry.depth - choices.trained_blocks :]:
+        yield from block
 
 
 def total(items: list[Item]) -> int:

@@ -12,11 +12,13 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from wasi_edge.chunks import EVALUATION_BATCH
 from wasi_edge.errors import BudgetInfeasible
+from wasi_edge.planner.choices import MICRO_BATCHES, Choices, wasi_tiers
 from wasi_edge.planner.memory import (
-    Choices,
     Item,
     Workload,
+    frozen_items,
     head_items,
     largest_linear_bytes,
     total,
@@ -25,24 +27,26 @@ from wasi_edge.planner.memory import (
 )
 from wasi_edge.units import format_size
 
-MICRO_BATCHES = (16, 12, 8, 6, 4, 3, 2, 1)
-# The first three are ratios fitted to `benchmarks/plan_costs.py` (ViT-S/14, 168 px, two cores).
-# A block that is recomputed runs forward once more, fc2's product excepted: 1.32 measured.
-RECOMPUTE_COST = 0.32
-# Per-call overhead of a micro-batch, in units of the time of one photo: 1.57, 1.22, 1.03 measured for 1, 2, 4 photos
-# against 8, where this gives 1.53, 1.23, 1.08.
-MICRO_BATCH_OVERHEAD = 0.65
-# An update that rebuilds the Gram matrices of the factors instead of carrying them: 1.49 measured.
-REBUILD_COST = 1.5
-# One that also rounds factors to 16 bits, and widening them for a pass, in photo times at the probe's size. Estimates,
-# not measured yet.
-ROUNDING_COST = 1.8
-WIDENING_COST = 0.2
+# Ratios fitted to `benchmarks/plan_costs.py` (ViT-S/14, 168 px, two cores): what each level of rebuilding adds to the
+# time of a photo if all blocks do it.
+ATTENTION_COST, BRANCHES_COST, BLOCK_COST = 0.12, 0.07, 0.065
+# What rounding for the backward pass takes.
+COMPACT_COST = 0.016
+# Per-call overhead of a micro-batch, in units of the time of one photo: 1.35, 1.16, 1.04, 1.03 measured for 1, 2, 4 and
+# 16 photos against 8, where this gives 1.35, 1.15, 1.05, 0.98.
+MICRO_BATCH_OVERHEAD = 0.42
+# An update that rebuilds the Gram matrices of the factors instead of carrying them.
+REBUILD_COST = 1.23
+# One that also rounds factors to 16 bits, and widening them for a pass, in photo times at the probe's size: 0.06 to
+# 0.19 measured.
+ROUNDING_COST = 1.46
+WIDENING_COST = 0.12
 # Autograd's tape in memory that is mapped anew each time: 150 ms a photo without, 265 with.
 FAULT_COST = 1.75
 _PROBED_PHOTOS, _PROBED_TOKENS = 4, 145
-EVALUATION_BATCH = 8
-# share of the time below which another budget is not worth mentioning
+# More than the smallest plan that a refusal asks for: the next run will not measure the same base to the page.
+NAMED_MARGIN_BYTES = 4 * 2**20
+# share of the time, or of the memory, below which another budget is not worth mentioning
 NOTICEABLE = 0.03
 
 
@@ -69,14 +73,23 @@ class Speed:
     decode_seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Work:
-    """How much there is to do."""
+    """How much there is to do.
+
+    blocks          blocks to train, counted from the end
+    fewest_blocks   how few will do where memory has no room for more
+    cached_views    augmented views of each photo that there is disk for (`Choices`)
+    """
 
     num_train: int
     num_val: int
     epochs: int
     batch: int
+    gradient_rank: int
+    blocks: int
+    fewest_blocks: int
+    cached_views: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +103,6 @@ class Plan(Choices):
     method: str
     image_size: int
     accumulation: int
-    gradient_rank: int
     epochs: int
     peak_bytes: int
     seconds: float
@@ -104,93 +116,104 @@ class Plan(Choices):
 
     def to_dict(self) -> dict[str, object]:
         """What `report.json` says under `plan`."""
+        choices, error = self.choices(), self.gradient_error()
         return {
             "method": self.method,
             "image_size": self.image_size,
-            "micro_batch": self.micro_batch,
             "accumulation": self.accumulation,
-            "keep": "compact" if self.method == "wasi" else "everything" if self.method == "vanilla" else "nothing",
-            "recomputed_blocks": self.recomputed_blocks,
-            "carried_grams": self.carried_grams,
-            "weight_bits": self.weight_bits,
-            "reused_heap": self.reused_heap,
-            "gradient_rank": self.gradient_rank,
+            **choices,
+            "gradient_error": None if error is None else round(error, 4),
             "epochs": self.epochs,
             "memory": [{"item": item.item, "bytes": item.bytes} for item in self.items],
             "other_budgets": [
                 {
                     "budget_bytes": other.smallest_budget,
                     "seconds": round(other.seconds, 1),
-                    **{key: value for key, value in other._choices().items() if value != self._choices()[key]},
+                    **{key: value for key, value in other.choices().items() if value != choices[key]},
                 }
                 for other in self.others
             ],
         }
 
-    def _choices(self) -> dict[str, object]:
-        return {key.name: getattr(self, key.name) for key in dataclasses.fields(Choices)}
-
 
 def choose_plan(load: Workload, work: Work, base: Base, budget_bytes: int, speed: Speed) -> Plan:
-    """The fastest plan whose predicted peak is within the budget.
+    """The fastest plan of the first tier that has one within the budget.
 
     Raises BudgetInfeasible, naming the smallest budget that would do, when there is none.
     """
-    plans = list(candidates(load, work, base, speed))
-    fitting = [plan for plan in plans if plan.peak_bytes <= budget_bytes]
-    if not fitting:
-        smallest = min(plan.smallest_budget for plan in plans)
-        raise BudgetInfeasible(
-            f"a budget of {format_size(budget_bytes)} is too small: this run needs at least {format_size(smallest)}; "
-            f"try --budget {smallest // 2**20}MB, a smaller --image-size or a smaller model",
-            smallest,
-        )
-    chosen = _fastest(fitting)
-    return dataclasses.replace(chosen, others=tuple(_neighbours(plans, chosen)))
+    leanest: Plan | None = None
+    tiers = plan_tiers(load, work, base, speed)
+    for plans in tiers:
+        fitting = [plan for plan in plans if plan.peak_bytes <= budget_bytes]
+        if fitting:
+            chosen = _fastest(fitting)
+            others = tuple(_neighbours(plans, next(tiers, []), leanest, chosen))
+            return dataclasses.replace(chosen, others=others)
+        leanest = min([*plans, *([leanest] if leanest else [])], key=lambda plan: plan.peak_bytes)
+    assert leanest is not None
+    smallest = math.ceil((leanest.peak_bytes + NAMED_MARGIN_BYTES) / 2**20) * 2**20
+    raise BudgetInfeasible(
+        f"a budget of {format_size(budget_bytes)} is too small: this run needs at least {format_size(smallest)}; "
+        f"try --budget {smallest // 2**20}MB, a smaller --image-size or a smaller model",
+        smallest,
+    )
 
 
 def _fastest(plans: Iterable[Plan]) -> Plan:
     return min(plans, key=lambda plan: (plan.seconds, plan.peak_bytes))
 
 
-def _neighbours(plans: list[Plan], chosen: Plan) -> Iterator[Plan]:
-    """What the next smaller budget would have to do with, and the first larger one that saves a noticeable time."""
-    smaller = [plan for plan in plans if plan.smallest_budget < chosen.smallest_budget]
+def _neighbours(plans: list[Plan], next_tier: list[Plan], leanest: Plan | None, chosen: Plan) -> Iterator[Plan]:
+    """What a noticeably smaller budget would have to do with, and the first larger one that saves a noticeable time or
+    gives a better tier, of which `leanest` is the smallest plan."""
+    below = (1 - NOTICEABLE) * chosen.smallest_budget
+    smaller = [plan for plan in plans if plan.smallest_budget <= below]
+    smaller = smaller or [plan for plan in next_tier if plan.smallest_budget <= below]
     if smaller:
         yield _fastest(smaller)
-    faster = [plan for plan in plans if plan.seconds < (1 - NOTICEABLE) * chosen.seconds]
-    if faster:
-        yield min(faster, key=lambda plan: (plan.peak_bytes, plan.seconds))
+    larger = [plan for plan in plans if plan.seconds < (1 - NOTICEABLE) * chosen.seconds]
+    if leanest is not None:
+        larger.append(leanest)
+    if larger:
+        yield min(larger, key=lambda plan: (plan.peak_bytes, plan.seconds))
 
 
-def candidates(load: Workload, work: Work, base: Base, speed: Speed) -> Iterator[Plan]:
-    """Every way to run this, with its predicted peak and time."""
-    num_photos = work.num_train + work.num_val
+def plan_tiers(load: Workload, work: Work, base: Base, speed: Speed) -> Iterator[list[Plan]]:
+    """Every way to run this, with its predicted peak and time; a tier is worked out when it is asked for."""
+    depth, num_photos = load.geometry.depth, work.num_train + work.num_val
+    if load.method == "wasi":
+        views = min(work.cached_views, work.epochs)
+        for ways in wasi_tiers(work.batch, work.gradient_rank, depth, work.blocks, work.fewest_blocks, views):
+            plans = []
+            heads: dict[tuple[int, int, bool, int], list[Item]] = {}
+            for choices in ways:
+                key = choices.micro_batch, choices.weight_bits, choices.carried_grams, choices.cached_views
+                if key not in heads:
+                    heads[key] = head_items(load, choices, num_photos)
+                phases = [training_items(load, choices), heads[key]]
+                if choices.cached_views:
+                    phases.append(frozen_items(load, choices))
+                plans.append(_plan(load, work, base, speed, choices, phases))
+            yield plans
+        return
+    plans = []
     for size in MICRO_BATCHES:
-        evaluated = min(size, EVALUATION_BATCH)
         if load.method == "head" and size <= EVALUATION_BATCH:
             for bits in (32, 16) if all(load.ranks.values()) else (32,):
-                choices = Choices(micro_batch=size, carried_grams=False, weight_bits=bits)
-                head = head_items(load, size, num_photos, choices)
-                yield _plan(load, work, base, speed, choices, head, head)
+                choices = Choices(
+                    micro_batch=size, trained_blocks=0, gradient_rank=0, carried_grams=False, weight_bits=bits
+                )
+                plans.append(_plan(load, work, base, speed, choices, [head_items(load, choices, num_photos)]))
         elif load.method == "vanilla" and size <= work.batch:
-            head = head_items(load, evaluated, num_photos)
             for reused in (True, False):
-                choices = Choices(micro_batch=size, reused_heap=reused)
-                yield _plan(load, work, base, speed, choices, vanilla_items(load, choices), head)
-        elif load.method == "wasi" and size <= work.batch:
-            for carried, bits in ((True, 32), (False, 32), (False, 16)):
-                kept = Choices(micro_batch=size, carried_grams=carried, weight_bits=bits)
-                head = head_items(load, evaluated, num_photos, kept)
-                for again in range(load.geometry.depth + 1):
-                    choices = dataclasses.replace(kept, recomputed_blocks=again)
-                    yield _plan(load, work, base, speed, choices, training_items(load, choices), head)
+                choices = Choices(micro_batch=size, trained_blocks=depth, gradient_rank=0, reused_heap=reused)
+                phases = [vanilla_items(load, choices), head_items(load, choices, num_photos)]
+                plans.append(_plan(load, work, base, speed, choices, phases))
+    yield plans
 
 
-def _plan(
-    load: Workload, work: Work, base: Base, speed: Speed, choices: Choices, train: list[Item], head: list[Item]
-) -> Plan:
-    items = max(train, head, key=total)
+def _plan(load: Workload, work: Work, base: Base, speed: Speed, choices: Choices, phases: list[list[Item]]) -> Plan:
+    items = max(phases, key=total)
     if load.method != "head" and load.ranks and any(rank is None for rank in load.ranks.values()):
         # multiplying factors out, or truncating a dense layer, holds one dense weight twice
         items = [*items, Item("one dense weight while loading", largest_linear_bytes(load))]
@@ -199,11 +222,10 @@ def _plan(
         items = [Item("measuring and importing the libraries, or converting the model", base.start)]
     is_head = load.method == "head"
     return Plan(
-        **dataclasses.asdict(choices),
+        **choices.choices(),
         method=load.method,
         image_size=load.image_size,
         accumulation=1 if is_head else math.ceil(work.batch / choices.micro_batch),
-        gradient_rank=load.gradient_rank,
         epochs=0 if is_head else work.epochs,
         peak_bytes=total(items),
         seconds=_seconds(load, work, speed, choices),
@@ -213,20 +235,36 @@ def _plan(
 
 def _seconds(load: Workload, work: Work, speed: Speed, choices: Choices) -> float:
     """How long the whole run takes."""
+    depth = load.geometry.depth
     widening = WIDENING_COST * _PROBED_TOKENS / load.tokens if choices.weight_bits == 16 else 0.0
-    infer_seconds = speed.infer_seconds * _overhead(choices.micro_batch, widening)
-    seconds = (work.num_train + work.num_val) * (speed.decode_seconds + infer_seconds)
+    # of a photo, relative to the probe's
+    evaluated = min(choices.micro_batch, EVALUATION_BATCH)
+    passing = speed.infer_seconds * _overhead(evaluated, widening)
+    trained = choices.trained_blocks / depth if load.method != "head" else 0.0
+    # the frozen blocks run once for the centre view of each photo, and for its augmented views once or every epoch
+    photos = work.num_train + work.num_val
+    seconds = photos * (speed.decode_seconds + passing)
     if load.method == "head":
         return seconds
-    slowdown = _overhead(choices.micro_batch, widening)
-    slowdown *= 1.0 if choices.reused_heap else FAULT_COST
-    slowdown *= 1 + RECOMPUTE_COST * choices.recomputed_blocks / load.geometry.depth
+    frozen_passes = choices.cached_views or work.epochs
+    seconds += work.num_train * frozen_passes * passing * (1 - trained)
+    again = trained if choices.cached_views else 1.0
+    seconds += (work.epochs * work.num_val + work.num_train) * passing * again
+    slowdown = _overhead(choices.micro_batch, widening) * (1.0 if choices.reused_heap else FAULT_COST)
+    slowdown *= 1 + _rebuilding(choices) - (0 if choices.compact else COMPACT_COST)
+    seconds += work.epochs * work.num_train * speed.train_seconds * trained * slowdown
     update = REBUILD_COST if not choices.carried_grams else 1.0
     if choices.weight_bits == 16:
         update = ROUNDING_COST
-    seconds += work.epochs * (work.num_train * speed.train_seconds * slowdown + work.num_val * infer_seconds)
-    seconds += work.epochs * math.ceil(work.num_train / work.batch) * speed.update_seconds * update
-    return seconds + work.num_train * infer_seconds
+    steps = work.epochs * math.ceil(work.num_train / work.batch)
+    return seconds + steps * speed.update_seconds * trained * update
+
+
+def _rebuilding(choices: Choices) -> float:
+    """What rebuilding in the backward pass adds to the time of a photo."""
+    cost = ATTENTION_COST * choices.rebuilt_attention
+    cost += BRANCHES_COST * choices.rebuilt_branches + BLOCK_COST * choices.recomputed_blocks
+    return cost / max(1, choices.trained_blocks)
 
 
 def _overhead(micro_batch: int, per_pass: float) -> float:

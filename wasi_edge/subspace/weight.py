@@ -18,7 +18,7 @@ and G+, H+ follow by expanding `L+^T L+` and `R+ R+^T`. The (K, K) and (r, K) al
 with an O or an I in them have the factors' dtype. L, R, G and H are one state: they change together, in
 `update_weight`, or are made together, in `orthonormal_pair` and `weight_factors`.
 
-L drifts from orthonormal; rebuild with `orthonormal_pair` when `needs_orthonormalising` says so and every few
+L drifts from orthonormal; rebuild with `orthonormal_pair` when its condition is beyond `MAX_CONDITION` and every few
 hundred steps. It also rotates the pair until H is diagonal: row j of R then has length s_j, so that rounding
 in float32 is relative to each singular direction and not to the largest one.
 
@@ -91,7 +91,7 @@ def pack_grams(left_gram: Tensor, right_gram: Tensor, out: Tensor | None = None)
 def unpack_grams(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Return the left and the right Gram matrix (K, K) of `pack_grams`, exactly as they were."""
     left_gram, right_gram = packed[:, :-1].tril(), packed[:, 1:].triu()
-    return left_gram + left_gram.tril(-1).T, right_gram + right_gram.triu(1).T
+    return left_gram.add_(left_gram.tril(-1).T), right_gram.add_(right_gram.triu(1).T)
 
 
 def weight_factors(left: Tensor, right: Tensor) -> WeightFactors:
@@ -132,6 +132,14 @@ def orthonormal_pair(left: Tensor, right: Tensor) -> WeightFactors:
     products rounded once, from float64 chunks. A second pass follows where cond(G) * 2^-53 is visible in
     the dtype.
     """
+    return make_orthonormal(left.clone(), right.clone())
+
+
+def make_orthonormal(left: Tensor, right: Tensor) -> WeightFactors:
+    """`orthonormal_pair` in place: `left` and `right` are overwritten and belong to the result.
+
+    Nothing of their size is allocated (unless `left` is close to rank deficient). What is refused stays as it was.
+    """
     _check_dtype(left, right)
     left_gram, right_gram = grams(left, right)
     if left.shape[0] < left.shape[1]:
@@ -141,19 +149,24 @@ def orthonormal_pair(left: Tensor, right: Tensor) -> WeightFactors:
     precision = torch.finfo(left.dtype).eps
     for _ in range(2):
         condition = condition_estimate(left_gram)
-        if condition > BREAKDOWN_CONDITION:
-            left, triangle = torch.linalg.qr(left)
-            left_to_basis = torch.eye(len(triangle), dtype=torch.float64, device=left.device)
+        is_broken = condition > BREAKDOWN_CONDITION
+        if is_broken:
+            columns, triangle = torch.linalg.qr(left)
+            left.copy_(columns)
             triangle = triangle.double()
         else:
             triangle = torch.linalg.cholesky(left_gram).T
-            left_to_basis = torch.linalg.solve_triangular(
-                triangle, torch.eye(len(triangle), dtype=torch.float64, device=left.device), upper=True
-            )
-        _, rotation = torch.linalg.eigh(_symmetric(triangle @ right_gram @ triangle.T))
-        rotation = rotation.flip(1)  # eigh ascends
-        left = _matmul_in_float64(left, left_to_basis @ rotation)
-        right = _matmul_in_float64(right.T, triangle.T @ rotation).T.contiguous()
+        del left_gram  # of the many (K, K) matrices few are to be alive at once
+        core = triangle @ right_gram @ triangle.T
+        del right_gram
+        core = _symmetric(core)
+        rotation = torch.linalg.eigh(core).eigenvectors.flip(1)  # eigh ascends
+        del core
+        left_to_basis = rotation if is_broken else torch.linalg.solve_triangular(triangle, rotation, upper=True)
+        _multiply_rows(left, left_to_basis)
+        del left_to_basis
+        _multiply_rows(right.T, triangle.T @ rotation)
+        del triangle, rotation
         left_gram, right_gram = grams(left, right)
         if condition * 2.0**-53 < 0.1 * precision:
             break
@@ -204,23 +217,27 @@ def update_weight(
     if not all(bool(product.isfinite().all()) for product in (A, Q, D)):
         raise ValueError("the gradient, its basis or the weight holds NaN or infinity; nothing was updated")
 
-    E = _solve_from_right(c * (c * (H @ G) - eta * (Q @ A.T)), -eta * (c * (Q.T @ G) - eta * A.T))  # (r, K)
+    # in place where it can be: of the many (K, K) matrices few are to be alive at once
+    A0 = (H @ G).mul_(c).addmm_(Q, A.T, alpha=-eta).mul_(c)
+    E = _solve_from_right(A0, -eta * (c * (Q.T @ G) - eta * A.T))  # (r, K)
+    del A0
     if E is None:
         return _best_approximation_step(factors, gradient_left, basis, c, eta)
-    AE = A @ E
-    G_new = _symmetric(G + AE + AE.T + E.T @ D @ E)
+    G_new = torch.addmm(G, A, E).addmm_(E.T, A.T).addmm_(E.T @ D, E)
+    G_new = _symmetric(G_new)
     cholesky, info = torch.linalg.cholesky_ex(G_new)
     condition = _condition_from(cholesky)
     if int(info) != 0 or not condition <= BREAKDOWN_CONDITION:
         return _best_approximation_step(factors, gradient_left, basis, c, eta)
     X = torch.cholesky_solve(A + E.T @ D, cholesky)  # (K, r)
+    del cholesky
     HE = H @ E.T  # (K, r)
     RF = -c * (c * HE + eta * Q)  # (K, r)
     EQ = E @ Q
     FF = c * c * (E @ HE) + c * eta * (EQ + EQ.T)  # (r, r)
     FF.diagonal().add_(eta * eta)
-    XRF = X @ RF.T
-    H_new = _symmetric(c * c * H + XRF + XRF.T + X @ FF @ X.T)
+    H_new = (c * c * H).addmm_(X, RF.T).addmm_(RF, X.T).addmm_(X @ FF, X.T)
+    H_new = _symmetric(H_new)
 
     F = torch.addmm(basis.T, E.to(right.dtype), right, beta=-eta, alpha=-c)  # (r, I), from the old right
     left.addmm_(gradient_left, E.to(left.dtype))
@@ -238,11 +255,6 @@ def condition_estimate(left_gram: Tensor) -> float:
     """
     cholesky, info = torch.linalg.cholesky_ex(left_gram)
     return float("inf") if int(info) != 0 else _condition_from(cholesky)
-
-
-def needs_orthonormalising(factors: WeightFactors) -> bool:
-    """Tell whether the left factor has drifted so far that `orthonormal_pair` is due."""
-    return not condition_estimate(factors.left_gram) <= MAX_CONDITION
 
 
 def momentum_to_new_basis(momentum: Tensor, old_basis: Tensor, new_basis: Tensor) -> Tensor:
@@ -268,7 +280,7 @@ def _solve_from_right(matrix: Tensor, target: Tensor) -> Tensor | None:
 
     Rows are scaled first: those of A0 are graded like s_j^2, which is no defect.
     """
-    scale = matrix.abs().amax(dim=1)
+    scale = torch.linalg.vector_norm(matrix, ord=float("inf"), dim=1)
     if not float(scale.min()) > 0.0:
         return None
     factored, pivots, info = torch.linalg.lu_factor_ex(matrix / scale[:, None])
@@ -299,12 +311,10 @@ def _best_approximation_step(
     return 1.0
 
 
-def _matmul_in_float64(tall: Tensor, small: Tensor) -> Tensor:
-    """Return `tall @ small` in tall's dtype, each entry rounded once, a few rows in float64 at a time."""
-    product = torch.empty(tall.shape[0], small.shape[1], dtype=tall.dtype, device=tall.device)
-    for rows, target in zip(tall.split(CHUNK_ROWS), product.split(CHUNK_ROWS), strict=True):
-        target.copy_(rows.double() @ small)
-    return product
+def _multiply_rows(tall: Tensor, small: Tensor) -> None:
+    """tall <- tall @ small in place, each entry rounded once, a few rows in float64 at a time."""
+    for rows in tall.split(CHUNK_ROWS):
+        rows.copy_(rows.double() @ small)
 
 
 def _condition_from(cholesky: Tensor) -> float:
@@ -313,7 +323,7 @@ def _condition_from(cholesky: Tensor) -> float:
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.T) * 0.5
+    return (matrix + matrix.T).mul_(0.5)
 
 
 def _check_pair(left: Tensor, right: Tensor) -> None:

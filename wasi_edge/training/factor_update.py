@@ -21,13 +21,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from wasi_edge.chunks import ROUNDING_ROWS
+from wasi_edge.chunks import ROUNDING_ROWS, UPDATE_MATRICES
 from wasi_edge.layers.linear import WasiLinear
 from wasi_edge.subspace.weight import (
     MAX_CONDITION,
     WeightFactors,
+    make_orthonormal,
     momentum_to_new_basis,
-    orthonormal_pair,
     pack_grams,
     unpack_grams,
     update_weight,
@@ -76,13 +76,21 @@ class FactorUpdate:
             self._momentum[name] = projected * (1 - MOMENTUM)
         momentum, self._basis[name] = self._momentum[name], basis
         factors = self._wide_factors(name)
-        size = float(factors.left_gram.mul(factors.right_gram).sum().clamp_min(0).sqrt())  # ||L R||_F
+        # ||L R||_F
+        size = float(torch.dot(factors.left_gram.reshape(-1), factors.right_gram.reshape(-1)).clamp_min(0).sqrt())
         condition = update_weight(factors, polar_factor(momentum), basis, learning_rate * size, self._weight_decay)
         if step % ORTHONORMALISE_EVERY == 0 or not condition <= MAX_CONDITION:
             self._orthonormalise(name, factors)
         elif name in self._packed_grams:
             pack_grams(factors.left_gram, factors.right_gram, out=self._packed_grams[name])
         self._put_back(self._linears[name], factors, name, step)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """About what an update takes beside its state, gaps between blocks of many sizes included."""
+        shapes = [(*linear.shape, linear.params["left"].shape[1]) for linear in self._linears.values()]
+        matrices = max(rank**2 for _, _, rank in shapes) * UPDATE_MATRICES * 8
+        return 2 * (matrices + max((out + inner) * rank for out, inner, rank in shapes) * 4)
 
     def state(self) -> dict[str, Tensor]:
         """Momentum, basis and packed Gram matrices as `<kind>.<linear>`."""
@@ -116,9 +124,7 @@ class FactorUpdate:
 
     def _orthonormalise(self, name: str, factors: WeightFactors) -> None:
         """Rotate the pair of `name` to orthonormal L and diagonal R R^T, in place."""
-        pair = orthonormal_pair(factors.left, factors.right)
-        factors.left.copy_(pair.left)
-        factors.right.copy_(pair.right)
+        pair = make_orthonormal(factors.left, factors.right)
         if self._carry_grams and not self._is_rounded(name):
             packed = self._packed_grams.get(name)
             self._packed_grams[name] = pack_grams(pair.left_gram, pair.right_gram, out=packed)

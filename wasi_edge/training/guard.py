@@ -1,7 +1,7 @@
 """The watchdog: a plan is a prediction, the budget is a promise.
 
-After every optimiser step the memory of the process tree is compared with the budget. Where it comes close (another
-torch, another allocator, a library that grows) the run goes on with smaller micro-batches, which give the same
+Before and after every optimiser step the memory of the process tree is compared with the budget. Where it came close
+(another torch, another allocator, a library that grows) the run goes on with smaller micro-batches, which give the same
 gradients up to the basis that a step's first micro-batch chooses, instead of being killed or breaking its word.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from wasi_edge.memory.malloc import release_free_memory
 from wasi_edge.memory.process import total_memory
-from wasi_edge.planner.plan import MICRO_BATCHES
+from wasi_edge.planner.choices import MICRO_BATCHES
 from wasi_edge.training.loop import Progress
 from wasi_edge.training.request import Events
 from wasi_edge.training.trainer import Trainer
@@ -25,16 +25,28 @@ class MemoryGuard:
     """Watches one run. `held_bytes` measures; tests replace it."""
 
     def __init__(
-        self, budget_bytes: int, micro_batch: int, events: Events, held_bytes: Callable[[], int] = total_memory
+        self,
+        budget_bytes: int,
+        planned_bytes: int,
+        micro_batch: int,
+        events: Events,
+        held_bytes: Callable[[], int] = total_memory,
     ) -> None:
-        self._limit_bytes = int(budget_bytes * (1 - MARGIN_SHARE))
+        # a plan may use all of the budget: what it foresaw is no reason to interfere
+        self._limit_bytes = max(int(budget_bytes * (1 - MARGIN_SHARE)), min(planned_bytes, budget_bytes))
         self._budget_bytes, self._planned, self._events = budget_bytes, micro_batch, events
         self._held_bytes = held_bytes
         self._warned = False
+        self._observed_bytes = 0
+
+    def observe(self) -> None:
+        """Note what is held now: a step's memory is highest when its gradients are complete."""
+        self._observed_bytes = max(self._observed_bytes, self._held_bytes())
 
     def check(self, progress: Progress, trainer: Trainer) -> None:
-        """Give buffers back and take smaller micro-batches from here on, if memory is too near the budget."""
-        held = self._held_bytes()
+        """Give buffers back and take smaller micro-batches from here on, if memory came too near the budget."""
+        self.observe()
+        held, self._observed_bytes = self._observed_bytes, 0
         if held <= self._limit_bytes:
             return
         current = progress.micro_batch or self._planned

@@ -73,45 +73,57 @@ def fit_head(features: Tensor, labels: Tensor, num_classes: int, earlier: Featur
     of their classes those without photos now are fitted from the statistics alone.
     """
     weight = balance(labels, num_classes)
-    now = FeatureStatistics.of(features, labels, num_classes)
+    now = FeatureStatistics.of(features, labels, num_classes)  # ours: its second moments are overwritten below
     if earlier is not None:
         now = merge_statistics(now, earlier)
+        del earlier  # as large as what follows
     total = now.counts.sum()
     mean = now.sums.sum(0) / total
     prior = now.counts / total
-    second = now.second - total * torch.outer(mean, mean)
+    # photos that are all alike leave rounding errors for a scatter
+    floor = 1e-12 * float(now.second.diagonal().mean()) + 1e-30
     # cross[c] = sum_i w_i (x_i - mean) (y_ic - prior_c)
     cross = now.sums - now.counts[:, None] * mean
-    eigenvalues, vectors = torch.linalg.eigh(second)
-    eigenvalues = eigenvalues.clamp_min(0)
-    scale = eigenvalues.sum() / len(eigenvalues)
-    cross = cross @ vectors
+    scatter = now.second.addr_(mean, mean, alpha=-float(total))
     targets = torch.nn.functional.one_hot(labels, num_classes).double() - prior
 
     best: tuple[float, Tensor, Tensor] | None = None
-    inverses = [1 / (eigenvalues + penalty * scale + 1e-12) for penalty in _PENALTIES]
-    left_out = [torch.empty_like(targets) for _ in _PENALTIES]
-    for rows in torch.arange(len(features)).split(HEAD_ROWS):
-        rotated = (features[rows].double() - mean) @ vectors  # (chunk, F)
-        energy = rotated.square()
-        for inverse, predicted in zip(inverses, left_out, strict=True):
-            leverage = weight[rows] * (energy @ inverse + 1 / total)
-            residual = targets[rows] - rotated @ (cross * inverse).t()
-            predicted[rows] = targets[rows] - residual / (1 - leverage).clamp_min(1e-3)[:, None]
-    for inverse, predicted in zip(inverses, left_out, strict=True):
-        error = float((weight[:, None] * (predicted - targets).square()).sum())
+    for penalty in _PENALTIES:
+        factor = _regularised_cholesky(scatter, penalty, floor)
+        solution = torch.cholesky_solve(cross.t(), factor).t()  # (C, F)
+        left_out = torch.empty_like(targets)
+        for rows in torch.arange(len(features)).split(HEAD_ROWS):
+            x = features[rows].double().sub_(mean)
+            energy = torch.linalg.solve_triangular(factor, x.t(), upper=False).square_().sum(0)
+            leverage = weight[rows] * (energy + 1 / total)
+            residual = targets[rows] - x @ solution.t()
+            left_out[rows] = targets[rows] - residual / (1 - leverage).clamp_min(1e-3)[:, None]
+        error = float((weight[:, None] * (left_out - targets).square()).sum())
         if best is None or error < best[0]:
-            best = error, cross * inverse, predicted
+            best = error, solution, left_out
+        del factor
     assert best is not None
     _, solution, chosen = best
     sharpness = _best_sharpness(chosen + prior, labels, weight)
-    full = sharpness * (solution @ vectors.t())
+    full = sharpness * solution
     bias = sharpness * prior - full @ mean
     return Head(full.float(), bias.float())
 
 
+def _regularised_cholesky(scatter: Tensor, penalty: float, floor: float) -> Tensor:
+    """The lower Cholesky factor of scatter (F, F) + (penalty * (mean eigenvalue) + floor) * I.
+
+    One matrix of that size is made, and one by the library; an eigendecomposition, once for all penalties, would hold
+    five in all.
+    """
+    factor = scatter.clone()
+    factor.diagonal().add_(penalty * float(scatter.diagonal().mean().clamp_min(0)) + floor)
+    return torch.linalg.cholesky(factor, out=factor)
+
+
 def merge_statistics(now: FeatureStatistics, earlier: FeatureStatistics) -> FeatureStatistics:
-    """Sums of both, a class that occurs in both counted once, with today's photos."""
+    """Sums of both, a class that occurs in both counted once, with today's photos. Overwrites the second moments of
+    `now`."""
     absent = (now.counts == 0) & (earlier.counts > 0)
     if not bool(absent.any()):
         return now
@@ -119,11 +131,12 @@ def merge_statistics(now: FeatureStatistics, earlier: FeatureStatistics) -> Feat
     share = earlier.counts[absent].sum() / earlier.counts.sum()
     typical = now.counts[now.counts > 0].mean()
     factor = typical / earlier.counts[absent].mean()
-    between = (earlier.sums[absent].t() / earlier.counts[absent]) @ earlier.sums[absent]
     present = earlier.counts > 0
-    all_between = (earlier.sums[present].t() / earlier.counts[present]) @ earlier.sums[present]
-    within = earlier.second - all_between
-    second = now.second + factor * (share * within + between)
+    # within classes: all but what lies between them; then between the absent ones
+    second = now.second.add_(earlier.second, alpha=float(factor * share))
+    for classes, amount in ((present, -factor * share), (absent, factor)):
+        sums = earlier.sums[classes]
+        second.addmm_(sums.t() / earlier.counts[classes], sums, alpha=float(amount))
     sums, counts = now.sums.clone(), now.counts.clone()
     sums[absent] = factor * earlier.sums[absent]
     counts[absent] = factor * earlier.counts[absent]

@@ -79,6 +79,7 @@ class Hooks:
     elapsed         seconds since the command began
     stop_wanted     a signal has come
     on_best         the validation has improved: keep this model
+    on_gradients    before every optimiser step, when all that it needs is held
     on_step         after every optimiser step (checkpoint if one is due)
     peak_bytes      peak resident memory of the process so far
     """
@@ -86,6 +87,7 @@ class Hooks:
     elapsed: Callable[[], float]
     stop_wanted: Callable[[], bool]
     on_best: Callable[[], None]
+    on_gradients: Callable[[], None]
     on_step: Callable[[Progress], None]
     peak_bytes: Callable[[], int]
 
@@ -108,7 +110,7 @@ def validate(trainer: Trainer, photos: PhotoSet, events: Events | None = None, n
     parts = []
     for first in range(0, len(photos), photos.batch):
         chosen = range(first, min(first + photos.batch, len(photos)))
-        parts.append(trainer.logits(photos.pixels(chosen)).clone())
+        parts.append(trainer.logits(photos.inputs(chosen)).clone())
         if events is not None:
             events.advance(chosen[-1] + 1)
     logits = torch.cat(parts)
@@ -186,9 +188,9 @@ def _step(
         if hooks.stop_wanted():
             return False
         part = chosen[first : first + size]
-        pixels = photos.augmented(part, settings.seed, progress.epoch)
+        inputs = photos.augmented(part, settings.seed, progress.epoch)
         weight = photos.weight[part]
-        loss = trainer.micro_batch(pixels, photos.labels[part], weight, first == 0, len(chosen))
+        loss = trainer.micro_batch(inputs, photos.labels[part], weight, first == 0, len(chosen))
         loss_sum += loss.value
         weight_sum += float(weight.sum())
         correct += loss.correct
@@ -197,6 +199,7 @@ def _step(
     if settings.max_seconds is not None:
         # a run that will be cut off anneals by the clock
         factor = min(factor, 0.5 * (1 + math.cos(math.pi * min(1.0, hooks.elapsed() / settings.max_seconds))))
+    hooks.on_gradients()
     trainer.apply(done, factor)
     progress.step = done
     progress.loss_sum += loss_sum

@@ -35,8 +35,8 @@ class PhotoSet:
         """Centre views (B, S, S, 3) uint8, the same pixels that prediction uses."""
         return np.stack([center_view(self.cache.read(int(self.indices[p])), self.preprocessing) for p in positions])
 
-    def pixels(self, positions: Iterable[int]) -> Tensor:
-        """Centre views, normalised: (B, 3, S, S) float32."""
+    def inputs(self, positions: Iterable[int]) -> Tensor:
+        """What the network sees of the centre views: normalised, (B, 3, S, S) float32."""
         return torch.from_numpy(normalise(self.views(positions), self.preprocessing))
 
     def augmented(self, positions: Iterable[int], seed: int, epoch: int) -> Tensor:

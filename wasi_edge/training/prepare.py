@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from wasi_edge.memory.malloc import settle_threads
 from wasi_edge.memory.process import read_memory
 from wasi_edge.models.geometry import ViTGeometry
 from wasi_edge.models.locate import resolve_model
-from wasi_edge.planner.memory import Workload
+from wasi_edge.planner.choices import CACHED_VIEWS
+from wasi_edge.planner.memory import Workload, cached_bytes_per_photo
 from wasi_edge.planner.plan import Base, Plan, Speed, Work, choose_plan
 from wasi_edge.preprocess import Preprocessing, open_photo, shrink
 from wasi_edge.subspace.ranks import break_even_rank
@@ -31,7 +33,11 @@ from wasi_edge.training.request import Events, FinetuneRequest, Method
 
 # importing twice does not take the same memory to the page
 _START_SLACK_BYTES = 4 * 2**20
+# pages of what shows the progress, which the measured child does not have
+_OWN_FILE_BYTES = 2 * 2**20
 _TIMED_PHOTOS = 3
+# what checkpoints and the result may need
+_SPARE_DISK_BYTES = 2**30
 _TIMED_DECODE_BYTES = 64 * 2**20
 
 
@@ -63,8 +69,17 @@ class Prepared:
     base: Base
     plan: Plan
     work: Work
-    ranks: dict[str, int | None]
+    all_ranks: dict[str, int | None]
     threads: int
+
+    @property
+    def ranks(self) -> dict[str, int | None]:
+        """Rank of each linear as this run has it, None where dense: what is frozen stays as it is stored."""
+        config, geometry = self.model.config, self.model.geometry
+        if config is None or self.model.convert_epsilon is not None or self.request.method is not Method.WASI:
+            return self.all_ranks
+        frozen = tuple(f"blocks.{block}." for block in range(geometry.depth - self.plan.trained_blocks))
+        return {n: config.linears[n] if n.startswith(frozen) else rank for n, rank in self.all_ranks.items()}
 
 
 def prepare(request: FinetuneRequest, events: Events) -> Prepared:
@@ -75,7 +90,7 @@ def prepare(request: FinetuneRequest, events: Events) -> Prepared:
     labels = class_labels(model, folder.classes)
     for note in _notes(request, model, labels, folder):
         events.message(note)
-    work = _work(request, folder)
+    work = _work(request, folder, model.geometry)
     ranks = _known_ranks(request, model)
     probe = run_probe(
         model.geometry,
@@ -95,20 +110,24 @@ def prepare(request: FinetuneRequest, events: Events) -> Prepared:
         ranks=ranks,
         num_classes=len(labels),
         method=request.method,
-        gradient_rank=defaults.GRADIENT_RANK,
         augment_photo_bytes=3 * 2 * model.preprocessing.resize_side**2,
     )
     speed = Speed(
         probe.train_seconds, probe.infer_seconds, probe.update_seconds, _decode_seconds(folder, model) / threads
     )
-    own = read_memory().rss_bytes
-    start = own + max(probe.peak_bytes, probe.import_bytes) + _START_SLACK_BYTES
-    base = Base(start=start, steady=own + probe.torch_bytes)
+    own = read_memory()
+    start = own.rss_bytes + max(probe.peak_bytes, probe.import_bytes) + _START_SLACK_BYTES
+    # pages of libraries leave when training begins, this command's own too, and come back as far as they are used
+    files = min(probe.file_bytes + _OWN_FILE_BYTES, own.file_bytes + probe.file_bytes)
+    base = Base(start=start, steady=own.rss_bytes - own.file_bytes + probe.heap_bytes + files)
     if model.convert_epsilon is not None:
         fewest = min(work.num_train, FEWEST_PHOTOS)
         converting = conversion_bytes(model.geometry, load.image_size, fewest, base.steady)
         base = dataclasses.replace(base, start=max(base.start, converting))
+    work = dataclasses.replace(work, cached_views=_views_with_disk(load, work, request.out))
     plan = choose_plan(load, work, base, request.budget_bytes, speed)
+    for note in _sacrifices(work, plan):
+        events.message(note)
     events.planned(plan.to_dict(), request.budget_bytes, plan.peak_bytes, plan.seconds)
     return Prepared(request, model, folder, labels, base, plan, work, ranks, threads)
 
@@ -173,15 +192,54 @@ def _known_ranks(request: FinetuneRequest, model: ModelChoice) -> dict[str, int 
     return ranks
 
 
-def _work(request: FinetuneRequest, folder: PhotoFolder) -> Work:
+def _work(request: FinetuneRequest, folder: PhotoFolder, geometry: ViTGeometry) -> Work:
     parts = Counter(photo.part for photo in folder.photos)
     if parts["val"]:
         num_val, num_train = parts["val"], parts["train"]
     else:
         num_val = round(len(folder.photos) * request.val_split)
         num_train = len(folder.photos) - num_val
-    batch = min(request.batch or defaults.BATCH, max(num_train, 1))
-    return Work(num_train, num_val, request.epochs or defaults.epochs(request.method), batch)
+    blocks = geometry.depth
+    if request.train_blocks is not None:
+        if request.method is not Method.WASI:
+            raise UsageError(f"--train-blocks is for --method wasi; {request.method} has no say in it")
+        if request.train_blocks > blocks:
+            raise UsageError(f"--train-blocks {request.train_blocks}: the model has {blocks} blocks")
+        blocks = request.train_blocks
+    return Work(
+        num_train=num_train,
+        num_val=num_val,
+        epochs=request.epochs or defaults.epochs(request.method),
+        batch=min(request.batch or defaults.BATCH, max(num_train, 1)),
+        gradient_rank=defaults.GRADIENT_RANK,
+        blocks=blocks,
+        fewest_blocks=1 if request.train_blocks is None else blocks,
+    )
+
+
+def _views_with_disk(load: Workload, work: Work, out: Path) -> int:
+    """Augmented views of each photo whose pass through frozen blocks has room on the disk of `out`, 0 if none has."""
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    # tokens of an earlier attempt are overwritten, decoded photos are still to come
+    own = sum(path.stat().st_size for path in (out / "checkpoint" / "frozen").glob("*.bin"))
+    decoded = (work.num_train + work.num_val) * load.augment_photo_bytes
+    free = shutil.disk_usage(existing).free + own - decoded - _SPARE_DISK_BYTES
+    per_photo = cached_bytes_per_photo(load)
+    views = (free // per_photo - work.num_val - work.num_train) // max(1, work.num_train)
+    return max(0, min(CACHED_VIEWS, views))
+
+
+def _sacrifices(work: Work, plan: Plan) -> list[str]:
+    """What the budget costs beside time."""
+    notes = []
+    if 0 < plan.trained_blocks < work.blocks:
+        notes.append(
+            f"the budget has room to train the last {plan.trained_blocks} of {work.blocks} blocks; the others stay "
+            f"as they are"
+        )
+    if 0 < plan.gradient_rank < work.gradient_rank:
+        notes.append(f"the budget has room for gradients of rank {plan.gradient_rank} instead of {work.gradient_rank}")
+    return notes
 
 
 def _decode_seconds(folder: PhotoFolder, model: ModelChoice) -> float:

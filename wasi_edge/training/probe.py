@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from wasi_edge.errors import WasiEdgeError
+from wasi_edge.memory.process import ProcessMemory
 from wasi_edge.models.geometry import ViTGeometry
 
 _PHOTOS = 4
 _ENOUGH_SECONDS = 0.7
-# a product and a decomposition that make the libraries take the buffers they keep
-_WARM_UP_SIZE, _WARM_UP_DECOMPOSITION = 1024, 256
+# products and a decomposition that make the libraries take the buffers they keep
+_WARM_UP_SIZE, _WARM_UP_DECOMPOSITION = 1024, 384
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,16 @@ class ProbeResult:
 
     peak_bytes      the most the child itself held: it lives beside this process, and the budget is for both
     import_bytes    what a process holds more just after importing torch
-    torch_bytes     what torch adds for the rest of a run: its heap and buffers, and the library pages that steps use
+    heap_bytes      what torch adds to anonymous memory for the rest of a run: its heap and buffers
+    file_bytes      pages of libraries that a process holds while steps run, those it had before torch included
     *_seconds       per photo; `update_seconds` per optimiser step
     ranks           of the linears, where they were asked for
     """
 
     peak_bytes: int
     import_bytes: int
-    torch_bytes: int
+    heap_bytes: int
+    file_bytes: int
     train_seconds: float
     infer_seconds: float
     update_seconds: float
@@ -101,7 +104,7 @@ def _main() -> int:
 
     tune_malloc()
     threads = settle_threads(None)
-    before = read_memory().rss_bytes
+    before = read_memory()
     try:
         print(json.dumps(_measure(question, threads, before)))
     except WasiEdgeError as error:
@@ -109,7 +112,7 @@ def _main() -> int:
     return 0
 
 
-def _measure(question: dict[str, Any], threads: int, before_bytes: int) -> dict[str, Any]:
+def _measure(question: dict[str, Any], threads: int, before: ProcessMemory) -> dict[str, Any]:
     import torch
 
     from wasi_edge.memory.libraries import release_library_pages
@@ -118,15 +121,12 @@ def _measure(question: dict[str, Any], threads: int, before_bytes: int) -> dict[
     from wasi_edge.training import session  # noqa: F401  (what the run imports is part of its base)
 
     torch.set_num_threads(threads)
-    import_bytes = read_memory().rss_bytes - before_bytes
+    import_bytes = read_memory().rss_bytes - before.rss_bytes
     release_library_pages()
-    square = torch.ones(_WARM_UP_SIZE, _WARM_UP_SIZE)
-    torch.mm(square, square, out=torch.empty_like(square))
-    torch.linalg.eigh(square[:_WARM_UP_DECOMPOSITION, :_WARM_UP_DECOMPOSITION].double())
-    del square
+    geometry = ViTGeometry.from_dict(question["geometry"])
+    _warm_up(_PHOTOS * geometry.tokens(question["image_size"]), geometry.width, geometry.mlp_width)
     warm = read_memory()
     reuse_freed_memory(any_size=question["method"] == "vanilla")  # as the run does after its first step
-    geometry = ViTGeometry.from_dict(question["geometry"])
     ranks = question["ranks"] or _ranks(question)
     enough_seconds = _ENOUGH_SECONDS if import_bytes <= question["available_bytes"] else 0.0
     block_seconds = _train_block if question["method"] == "wasi" else _train_vanilla_block
@@ -136,17 +136,32 @@ def _measure(question: dict[str, Any], threads: int, before_bytes: int) -> dict[
         train, update = block_seconds(
             geometry, question["image_size"], ranks, question["gradient_rank"], enough_seconds
         )
-    # the heap before the block was there, the libraries after everything has been used
-    torch_bytes = warm.rss_bytes - warm.file_bytes + read_memory().file_bytes - before_bytes
     return {
         "peak_bytes": read_memory().peak_rss_bytes,
         "import_bytes": import_bytes,
-        "torch_bytes": torch_bytes,
+        # the heap before the block was there, the libraries after everything has been used
+        "heap_bytes": warm.rss_bytes - warm.file_bytes - (before.rss_bytes - before.file_bytes),
+        "file_bytes": read_memory().file_bytes,
         "train_seconds": geometry.depth * train / _PHOTOS,
         "infer_seconds": geometry.depth * infer / _PHOTOS,
         "update_seconds": geometry.depth * update,
         "ranks": ranks if question["ranks"] is None else None,
     }
+
+
+def _warm_up(tokens: int, width: int, mlp_width: int) -> None:
+    """Use the kinds of products there will be, at sizes like theirs: the buffers for packing depend on them."""
+    import torch
+
+    square = torch.ones(_WARM_UP_SIZE, _WARM_UP_SIZE)
+    torch.mm(square, square, out=torch.empty_like(square))
+    tall, out = torch.ones(tokens, width), torch.empty(tokens, mlp_width)
+    torch.mm(tall, torch.ones(mlp_width, width).t(), out=out)
+    torch.mm(out, torch.ones(mlp_width, width), out=tall)
+    torch.mm(out.t(), tall)
+    symmetric = square[:_WARM_UP_DECOMPOSITION, :_WARM_UP_DECOMPOSITION].double()
+    torch.mm(symmetric, symmetric)
+    torch.linalg.eigh(symmetric)
 
 
 def _ranks(question: dict[str, Any]) -> dict[str, int | None]:
@@ -191,7 +206,8 @@ def _train_block(
     """Seconds of forward and backward of one block for four photos, and of the update of its factors."""
     import torch
 
-    from wasi_edge.layers.saving import Keep, Pass
+    from wasi_edge.keep import COMPACT
+    from wasi_edge.layers.saving import Pass
     from wasi_edge.training.factor_update import FactorUpdate
 
     block, run = _random_block(geometry, ranks), Pass(refresh_basis=True)
@@ -203,7 +219,7 @@ def _train_block(
     latest: dict[str, Any] = {}
 
     def both() -> None:
-        y, saved = block.forward(x, run, Keep.COMPACT)
+        y, saved = block.forward(x, run, COMPACT)
         _, gradients = block.backward(saved, y.clone(), run)
         latest.update(gradients)
 

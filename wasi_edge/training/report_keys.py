@@ -7,7 +7,6 @@ from typing import Any
 from wasi_edge.memory.hardware import hardware, versions
 from wasi_edge.memory.process import MemoryWatch
 from wasi_edge.training.prepare import Prepared
-from wasi_edge.training.request import Method
 
 
 def base_report(prepared: Prepared, status: str, watch: MemoryWatch) -> dict[str, Any]:
@@ -24,7 +23,7 @@ def base_report(prepared: Prepared, status: str, watch: MemoryWatch) -> dict[str
         "peak_swap_bytes": watch.peak_swap_bytes,
         "plan": plan.to_dict(),
         "planned_seconds": round(plan.seconds, 1),
-        "trained_blocks": 0 if request.method is Method.HEAD else model.geometry.depth,
+        "trained_blocks": plan.trained_blocks,
         "effective_batch": prepared.work.batch,
         "optimizer_steps": 0,
         "resumed_from_step": None,

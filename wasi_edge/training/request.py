@@ -29,6 +29,7 @@ class FinetuneRequest:
     budget_bytes    resident and swapped memory of all processes of the command
     out             folder of the result; the command line has already chosen one
     max_seconds     stop in time to be done by then
+    train_blocks    blocks that learn, counted from the end
     checkpoint_seconds  time between checkpoints
     """
 
@@ -45,6 +46,7 @@ class FinetuneRequest:
     image_size: int | None = None
     batch: int | None = None
     learning_rate: float | None = None
+    train_blocks: int | None = None
     max_temperature: float | None = None
     nice: int | None = None
     threads: int | None = None

@@ -113,7 +113,7 @@ def features_of(trainer: Trainer, photos: PhotoSet, positions: Sequence[int], on
     parts = []
     for first in range(0, len(positions), photos.batch):
         chosen = positions[first : first + photos.batch]
-        parts.append(trainer.features(photos.pixels(chosen)).clone())
+        parts.append(trainer.features(photos.inputs(chosen)).clone())
         if on_done is not None:
             on_done(first + len(chosen))
     return torch.cat(parts)

@@ -31,7 +31,7 @@ def run_record(prepared: Prepared) -> dict[str, Any]:
 
 def completed_report(request: FinetuneRequest) -> dict[str, Any] | None:
     """The report of a run that is already complete in `request.out`, None otherwise."""
-    report = _read(request.out / "report.json")
+    report = read_json(request.out / "report.json")
     if report is None or report.get("status") not in _FINISHED:
         return None
     return report
@@ -45,7 +45,7 @@ def recorded_plan(prepared: Prepared, events: Events) -> tuple[Prepared, bool]:
     """
     request = prepared.request
     root = request.out / "checkpoint"
-    record = _read(root / "run.json")
+    record = read_json(root / "run.json")
     if not request.resume or record is None or not any(root.glob("step-*/manifest.json")):
         return prepared, False
     now, then = _choices(prepared), record["choices"]
@@ -54,6 +54,11 @@ def recorded_plan(prepared: Prepared, events: Events) -> tuple[Prepared, bool]:
         listed = ", ".join(f"{key} (was {then.get(key)}, now {now[key]})" for key in changed)
         raise UsageError(f"{request.out} was begun with other choices: {listed}; use the same, or another --out")
     stored = dict(record["plan"])
+    if unknown := set(prepared.plan.choices()) - set(stored):
+        raise UsageError(
+            f"{request.out} was begun by another version of wasi-edge (its plan lacks {', '.join(sorted(unknown))}): "
+            "finish it with that one, or use another --out"
+        )
     own = prepared.plan.items[0]
     items = tuple(Item(entry["item"], entry["bytes"]) for entry in stored["memory"])
     # libraries may weigh something else today; the rest of the plan is arithmetic
@@ -61,13 +66,8 @@ def recorded_plan(prepared: Prepared, events: Events) -> tuple[Prepared, bool]:
     plan = Plan(
         method=stored["method"],
         image_size=stored["image_size"],
-        micro_batch=stored["micro_batch"],
         accumulation=stored["accumulation"],
-        recomputed_blocks=stored["recomputed_blocks"],
-        carried_grams=stored["carried_grams"],
-        weight_bits=stored["weight_bits"],
-        reused_heap=stored["reused_heap"],
-        gradient_rank=stored["gradient_rank"],
+        **{key: stored[key] for key in prepared.plan.choices()},
         epochs=stored["epochs"],
         peak_bytes=sum(item.bytes for item in items),
         seconds=stored["seconds"],
@@ -98,10 +98,12 @@ def _choices(prepared: Prepared) -> dict[str, Any]:
         "seed": request.seed,
         "image_size": prepared.model.preprocessing.image_size,
         "lr": request.learning_rate,
+        "train_blocks": request.train_blocks,
     }
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, None where there is none that can be read."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

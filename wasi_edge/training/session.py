@@ -13,18 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wasi_edge.chunks import EVALUATION_BATCH
 from wasi_edge.data.augment import class_weights
 from wasi_edge.data.cache import PhotoCache
 from wasi_edge.data.split import near_duplicate_groups, split
 from wasi_edge.errors import Interrupted, NoUsableData
 from wasi_edge.memory.libraries import release_library_pages
-from wasi_edge.memory.malloc import reuse_freed_memory, tune_malloc
+from wasi_edge.memory.malloc import release_free_memory, reuse_freed_memory, tune_malloc
 from wasi_edge.memory.process import MemoryWatch
-from wasi_edge.planner.plan import EVALUATION_BATCH
 from wasi_edge.tensorfile import write_json_atomic
 from wasi_edge.training import defaults, result, setup
 from wasi_edge.training.checkpoint import Checkpoint, drop_checkpoints, latest_checkpoint, save_checkpoint
 from wasi_edge.training.cooling import Cooler
+from wasi_edge.training.frozen import TokenFile, cache_tokens, count_passes, identity_of
 from wasi_edge.training.guard import MemoryGuard
 from wasi_edge.training.head import FeatureStatistics, Head, fit_head
 from wasi_edge.training.loop import Hooks, LoopSettings, Progress, Validation, note_epoch, train, validate
@@ -56,10 +57,9 @@ class Session:
         self._events, self._signals, self._watch, self._began = events, signals, watch, began
         self._out = prepared.request.out
         self._width = prepared.model.geometry.feature_width
-        self._earlier: FeatureStatistics | None = None
-        hashes: set[int] = set()
-        if prepared.model.is_run:
-            self._earlier, hashes = result.load_statistics(prepared.model.folder, len(prepared.labels), self._width)
+        self._model_folder = prepared.model.folder
+        self._tokens: list[TokenFile] = []
+        _, hashes = self._earlier_statistics()
         train_indices, val_indices = split_photos(prepared, cache, hashes)
         if not train_indices:
             raise NoUsableData(f"{prepared.request.photos}: no photos are left to train on; add some")
@@ -73,7 +73,10 @@ class Session:
 
     def run(self) -> dict[str, Any]:
         """Everything; returns the report, which is on disk by then."""
-        trainer = setup.build_trainer(self._prepared, self._model_folder(), self._active_classes())
+        self._convert_if_needed()
+        if self._prepared.plan.cached_views:
+            self._cache_frozen_blocks()
+        trainer = setup.build_trainer(self._prepared, self._model_folder, self._active_classes())
         progress = Progress()
         checkpoint = latest_checkpoint(self._work_folder) if self._prepared.request.resume else None
         if checkpoint is not None:
@@ -105,7 +108,7 @@ class Session:
             max_seconds=request.max_seconds,
         )
 
-        guard = MemoryGuard(request.budget_bytes, plan.micro_batch, self._events)
+        guard = MemoryGuard(request.budget_bytes, plan.peak_bytes, plan.micro_batch, self._events)
         settled = False
 
         def after_step(now: Progress) -> None:
@@ -124,7 +127,8 @@ class Session:
         hooks = Hooks(
             elapsed=self._elapsed,
             stop_wanted=lambda: self._signals.received is not None,
-            on_best=lambda: setup.save_model(trainer, self._config, self._out),
+            on_best=lambda: self._save_model(trainer),
+            on_gradients=guard.observe,
             on_step=after_step,
             peak_bytes=lambda: self._watch.peak_rss_bytes,
         )
@@ -144,14 +148,9 @@ class Session:
         if self._prepared.model.is_run:
             self._before = self._accuracy_before(trainer)
         self._events.stage("looking at the photos", len(self._photos))
-
-        def advance(done: int) -> None:
-            if self._signals.received:
-                raise Interrupted("stopped before the first step; --resume begins there again")
-            self._events.advance(done)
-
-        features = result.features_of(trainer, self._photos, range(len(self._photos)), advance)
-        head = fit_head(features, self._photos.labels, len(self._prepared.labels), self._earlier)
+        features = result.features_of(trainer, self._photos, range(len(self._photos)), self._advance)
+        labels, num_classes = self._photos.labels, len(self._prepared.labels)
+        head = fit_head(features, labels, num_classes, self._earlier_statistics()[0])
         del features
         trainer.set_head(head)
         validation = validate(trainer, self._held_out, self._events)
@@ -159,7 +158,7 @@ class Session:
         progress.best_accuracy = -1.0 if validation.accuracy is None else validation.accuracy
         progress.best_loss = math.inf if validation.loss is None else validation.loss
         entry = note_epoch(progress, 0, validation, self._elapsed(), self._watch.peak_rss_bytes)
-        setup.save_model(trainer, self._config, self._out)
+        self._save_model(trainer)
         self._events.epoch(entry)
 
     def _finish(self, trainer: Trainer, progress: Progress, status: str) -> dict[str, Any]:
@@ -169,7 +168,8 @@ class Session:
         setup.load_parameters(trainer, self._out)
         validation = validate(trainer, self._held_out, self._events, "looking at the result")
         held_out, photos = result.held_out_results(validation, self._held_out, self._prepared.labels)
-        result.save_statistics(trainer, self._photos, len(self._prepared.labels), self._earlier, self._out)
+        earlier, _ = self._earlier_statistics()
+        result.save_statistics(trainer, self._photos, len(self._prepared.labels), earlier, self._out)
         report = {**self._report(status, progress), **held_out}
         if self._prepared.model.is_run:
             report["continued_from"] = self._continuation(validation)
@@ -229,15 +229,54 @@ class Session:
         self._events.message(f"going on from step {checkpoint.step}")
         return Progress.from_dict(checkpoint.progress["progress"])
 
-    def _model_folder(self) -> Path:
+    def _convert_if_needed(self) -> None:
         """The artefact to train: the model's own folder, or the one it is converted to here."""
-        model = self._prepared.model
-        if model.convert_epsilon is None:
-            return model.folder
-        folder = self._work_folder / "model"
-        if not (folder / "config.json").exists():
-            setup.convert_for(self._prepared, self._photos, folder, self._events)
-        return folder
+        if self._prepared.model.convert_epsilon is None:
+            return
+        self._model_folder = self._work_folder / "model"
+        if not (self._model_folder / "config.json").exists():
+            setup.convert_for(self._prepared, self._photos, self._model_folder, self._events)
+
+    def _cache_frozen_blocks(self) -> None:
+        """From here on the photos are what the frozen blocks make of them."""
+        views = self._prepared.plan.cached_views
+        total = count_passes(len(self._photos), len(self._held_out), views)
+        self._events.stage("running the frozen blocks", total)
+        request, plan, model = self._prepared.request, self._prepared.plan, self._prepared.model
+        size = model.preprocessing.image_size
+        sides = (self._photos, self._held_out)
+        frozen_photos = cache_tokens(
+            self._work_folder / "frozen",
+            lambda: setup.build_frozen(self._prepared, self._model_folder),
+            (model.geometry.tokens(size), model.geometry.width),
+            *sides,
+            views,
+            request.seed,
+            identity_of(sides, self._model_folder, request.seed, size, views, plan.trained_blocks, plan.weight_bits),
+            self._advance,
+            # half of the time is for training
+            lambda: request.max_seconds is not None and self._elapsed() > request.max_seconds / 2,
+        )
+        self._photos, self._held_out = frozen_photos
+        self._tokens = [photos.tokens for photos in frozen_photos]
+        release_free_memory()
+
+    def _advance(self, done: int) -> None:
+        """Progress of what comes before the first step."""
+        if self._signals.received:
+            raise Interrupted("stopped before the first step; --resume begins there again")
+        self._events.advance(done)
+
+    def _earlier_statistics(self) -> tuple[FeatureStatistics | None, set[int]]:
+        """Those of the run that this one goes on from, and the hashes of its photos. Read when they are needed: they
+        are as large as the head's own fit."""
+        model, labels = self._prepared.model, self._prepared.labels
+        if not model.is_run:
+            return None, set()
+        return result.load_statistics(model.folder, len(labels), self._width)
+
+    def _save_model(self, trainer: Trainer) -> None:
+        setup.save_model(trainer, self._prepared, self._model_folder, self._config, self._out)
 
     def _accuracy_before(self, trainer: Trainer) -> dict[str, Any]:
         """How the earlier run's own head does on today's held-out photos of its classes."""
@@ -306,7 +345,9 @@ class Session:
     def _remove_inputs(self) -> None:
         """The decoded photos and the converted start: a finished run needs neither."""
         self._cache.close()
-        for name in ("photos", "model"):
+        for tokens in self._tokens:
+            tokens.close()
+        for name in ("photos", "model", "frozen"):
             shutil.rmtree(self._work_folder / name, ignore_errors=True)
 
     def _elapsed(self) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,8 @@ from wasi_edge.conversion.calibration import spread
 from wasi_edge.conversion.convert import Calibration, Settings, convert
 from wasi_edge.conversion.factorise import factorise
 from wasi_edge.conversion.sources import open_source
-from wasi_edge.layers.saving import Keep
 from wasi_edge.models.vanilla import build_vanilla
-from wasi_edge.models.vit import VisionTransformer, build_vit
+from wasi_edge.models.vit import VisionTransformer, build_vit, resample_position
 from wasi_edge.training import defaults
 from wasi_edge.training.photos import PhotoSet
 from wasi_edge.training.prepare import Prepared
@@ -60,21 +60,30 @@ def recipe_of(prepared: Prepared) -> Recipe:
 
 
 def build_trainer(prepared: Prepared, model_folder: Path, active: Tensor | None) -> Trainer:
-    """The trainer of this run's method on the model in `model_folder`, its head at zero."""
-    request, plan = prepared.request, prepared.plan
+    """The trainer of this run's method on the model in `model_folder`, its head at zero; without the frozen blocks
+    where their output is cached."""
+    request, plan, geometry = prepared.request, prepared.plan, prepared.model.geometry
     size, num_classes = prepared.model.preprocessing.image_size, len(prepared.labels)
     if request.method is Method.VANILLA:
         with open_source(model_folder) as source:
-            geometry = source.geometry
             vanilla = build_vanilla(geometry, lambda name: torch.from_numpy(source.read(name)), size, num_classes)
         return VanillaTrainer(vanilla, recipe_of(prepared), active)
-    model = _load_vit(prepared, model_folder, num_classes)
+    first = geometry.depth - plan.trained_blocks if plan.cached_views else 0
+    with _reader(prepared, model_folder, _held_type(prepared)) as read:
+        model = build_vit(geometry, prepared.ranks, read, size, head=True, blocks=range(first, geometry.depth))
     if request.method is Method.HEAD:
         return FrozenTrainer(model)
-    # the blocks at the end are recomputed first: theirs is the shortest way back
-    kept = prepared.model.geometry.depth - plan.recomputed_blocks
-    keeps = [Keep.COMPACT] * kept + [Keep.RECOMPUTE] * plan.recomputed_blocks
-    return WasiTrainer(model, recipe_of(prepared), keeps, plan.gradient_rank, request.seed, active, plan.carried_grams)
+    return WasiTrainer(
+        model, recipe_of(prepared), plan.keeps(), plan.gradient_rank, request.seed, active, plan.carried_grams
+    )
+
+
+def build_frozen(prepared: Prepared, model_folder: Path) -> VisionTransformer:
+    """The blocks that do not learn."""
+    geometry, size = prepared.model.geometry, prepared.model.preprocessing.image_size
+    blocks = range(geometry.depth - prepared.plan.trained_blocks)
+    with _reader(prepared, model_folder, _held_type(prepared)) as read:
+        return build_vit(geometry, prepared.ranks, read, size, head=False, blocks=blocks)
 
 
 def earlier_head(config: ModelConfig, folder: Path) -> tuple[Tensor, Tensor]:
@@ -103,40 +112,52 @@ def artefact_config(prepared: Prepared, training: dict[str, Any]) -> ModelConfig
     )
 
 
-def save_model(trainer: Trainer, config: ModelConfig, folder: Path) -> None:
-    """Write the trainer's parameters as an artefact, atomically."""
+def save_model(trainer: Trainer, prepared: Prepared, model_folder: Path, config: ModelConfig, out: Path) -> None:
+    """Write the trainer's parameters as an artefact, atomically; frozen ones it does not hold come from the start."""
     parameters = trainer.parameters()
-    with write_artefact(folder, config) as writer:
-        for name in config.tensor_shapes():
-            writer.add(name, parameters[name].float().contiguous().numpy())
+    names = list(config.tensor_shapes())
+    has_frozen = any(name not in parameters for name in names)
+    # a model that is all here needs its start no more, which may be on a stick that is gone
+    start = _reader(prepared, model_folder, np.float32) if has_frozen else nullcontext(parameters.__getitem__)
+    with start as read, write_artefact(out, config) as writer:
+        for name in names:
+            value = parameters[name] if name in parameters else read(name)
+            if name == "position" and name not in parameters:
+                value = resample_position(value, prepared.model.geometry, prepared.model.preprocessing.image_size)
+            writer.add(name, value.float().contiguous().numpy())
 
 
 def load_parameters(trainer: Trainer, folder: Path) -> None:
-    """Take the parameters of an artefact that `save_model` wrote."""
+    """Take the parameters of an artefact that `save_model` wrote, those that the trainer holds."""
     parameters = trainer.parameters()
     with open_artefact(folder) as artefact, torch.no_grad():
         for name in artefact.tensors:
-            parameters[name].copy_(torch.from_numpy(artefact.tensors.read(name, np.float32)))
+            if name in parameters:
+                parameters[name].copy_(torch.from_numpy(artefact.tensors.read(name, np.float32)))
 
 
-def _load_vit(prepared: Prepared, folder: Path, num_classes: int) -> VisionTransformer:
-    """The explicit network, in factors where `prepared.ranks` says so; float32, factors as the plan says."""
-    geometry, size = prepared.model.geometry, prepared.model.preprocessing.image_size
+def _held_type(prepared: Prepared) -> type:
+    return np.float16 if prepared.plan.weight_bits == 16 else np.float32
+
+
+@contextmanager
+def _reader(prepared: Prepared, folder: Path, held: type) -> Iterator[Callable[[str], Tensor]]:
+    """Tensors of the starting point by name: float32, factors as `held`, in factors where `prepared.ranks` says so, the
+    head at zero."""
+    geometry, num_classes = prepared.model.geometry, len(prepared.labels)
     head = {
         "head.weight": torch.zeros(num_classes, geometry.feature_width),
         "head.bias": torch.zeros(num_classes),
     }
     if prepared.model.config is None and prepared.model.convert_epsilon is None:
         with open_source(folder) as source:
-            read = lambda name: head[name] if name in head else torch.from_numpy(source.read(name))  # noqa: E731
-            return build_vit(geometry, prepared.ranks, read, size, head=True)
+            yield lambda name: head[name] if name in head else torch.from_numpy(source.read(name))
+        return
     with open_artefact(folder) as artefact:
         stored = artefact.config.linears
         truncated: dict[str, Tensor] = {}
 
-        held = np.float16 if prepared.plan.weight_bits == 16 else np.float32
-
-        def read_artefact(name: str) -> Tensor:
+        def read(name: str) -> Tensor:
             if name in head:
                 return head[name]
             linear, _, key = name.rpartition(".")
@@ -150,4 +171,4 @@ def _load_vit(prepared: Prepared, folder: Path, num_classes: int) -> VisionTrans
                 return torch.from_numpy(truncated.pop(name).numpy().astype(held))
             return torch.from_numpy(artefact.tensors.read(name, held))
 
-        return build_vit(geometry, prepared.ranks, read_artefact, size, head=True)
+        yield read

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from wasi_edge.errors import WasiEdgeError
+from wasi_edge.keep import Keep
 from wasi_edge.layers.linear import WasiLinear
-from wasi_edge.layers.saving import Keep, Pass
+from wasi_edge.layers.saving import Pass
+from wasi_edge.memory.malloc import release_free_memory
 from wasi_edge.models.vanilla import VanillaViT
 from wasi_edge.models.vit import VisionTransformer, artefact_name
 from wasi_edge.training.adam import Adam
@@ -44,16 +46,16 @@ class Recipe:
 class Trainer(Protocol):
     """What the loop needs of a method."""
 
-    def features(self, pixels: Tensor) -> Tensor:
-        """(B, C, S, S) -> (B, F), nothing kept."""
+    def features(self, inputs: Tensor) -> Tensor:
+        """Pixels (B, C, S, S), or the tokens (B, N, D) that frozen blocks made of them -> (B, F), nothing kept."""
 
-    def logits(self, pixels: Tensor) -> Tensor:
-        """(B, C, S, S) -> (B, classes), nothing kept."""
+    def logits(self, inputs: Tensor) -> Tensor:
+        """The same -> (B, classes), nothing kept."""
 
     def set_head(self, head: Head) -> None:
         """Start from this classifier."""
 
-    def micro_batch(self, pixels: Tensor, labels: Tensor, weight: Tensor, first: bool, batch: int) -> Loss:
+    def micro_batch(self, inputs: Tensor, labels: Tensor, weight: Tensor, first: bool, batch: int) -> Loss:
         """Add the gradients of a part of an effective batch of `batch` photos; `first` starts a new step."""
 
     def apply(self, step: int, schedule: float) -> float:
@@ -75,7 +77,7 @@ class Trainer(Protocol):
         """Take back what `state` gave."""
 
     def parameters(self) -> dict[str, Tensor]:
-        """Parameters by artefact name."""
+        """Parameters by artefact name; those of frozen blocks may be missing."""
 
 
 class FrozenTrainer:
@@ -86,11 +88,11 @@ class FrozenTrainer:
         self._run = Pass()
         self._parameters = model.parameters()
 
-    def features(self, pixels: Tensor) -> Tensor:
-        return self.model.features(pixels, self._run)[0]
+    def features(self, inputs: Tensor) -> Tensor:
+        return self.model.features(inputs, self._run)[0]
 
-    def logits(self, pixels: Tensor) -> Tensor:
-        return self.model.logits(pixels, self._run)
+    def logits(self, inputs: Tensor) -> Tensor:
+        return self.model.logits(inputs, self._run)
 
     def set_head(self, head: Head) -> None:
         assert self.model.head is not None
@@ -100,7 +102,7 @@ class FrozenTrainer:
     def parameters(self) -> dict[str, Tensor]:
         return self._parameters
 
-    def micro_batch(self, pixels: Tensor, labels: Tensor, weight: Tensor, first: bool, batch: int) -> Loss:
+    def micro_batch(self, inputs: Tensor, labels: Tensor, weight: Tensor, first: bool, batch: int) -> Loss:
         raise NotImplementedError("the head alone is fitted in closed form; there are no gradient steps")
 
     def apply(self, step: int, schedule: float) -> float:
@@ -124,7 +126,7 @@ class FrozenTrainer:
 
 
 class WasiTrainer(FrozenTrainer):
-    """Factors, compressed gradients and the rule that updates them."""
+    """Factors, compressed gradients and the rule that updates them. `keeps`: one for each block that learns."""
 
     def __init__(
         self,
@@ -138,6 +140,7 @@ class WasiTrainer(FrozenTrainer):
     ) -> None:
         super().__init__(model)
         self.recipe, self.keeps, self.active = recipe, list(keeps), active
+        self._learning = model.learning_parameters(len(keeps))
         # of this step; the buffers live on, because what is made anew in every step ends up between what is not
         self._gradients: dict[str, Tensor] = {}
         self._gradient_buffers: dict[str, Tensor] = {}
@@ -145,19 +148,19 @@ class WasiTrainer(FrozenTrainer):
         self._adam = Adam()
         generator = torch.Generator().manual_seed(seed)
         self._linears: dict[str, WasiLinear] = {}
-        for name, linear in model.linears().items():
+        for name, linear in model.linears(len(keeps)).items():
             if not isinstance(linear, WasiLinear):
                 raise WasiEdgeError(f"{name} is dense: it has to be factored before it can be trained with wasi")
             linear.start_training(gradient_rank, model.tokens, generator)
             self._linears[name] = linear
         self._factors = FactorUpdate(self._linears, recipe.weight_decay, carry_grams, seed)
 
-    def micro_batch(self, pixels: Tensor, labels: Tensor, weight: Tensor, first: bool, batch: int) -> Loss:
+    def micro_batch(self, inputs: Tensor, labels: Tensor, weight: Tensor, first: bool, batch: int) -> Loss:
         if first:
             self._remember()
         assert self.model.head is not None
         self._run.refresh_basis = first
-        features, saved = self.model.features(pixels, self._run, self.keeps)
+        features, saved = self.model.features(inputs, self._run, self.keeps)
         assert saved is not None
         head = self.model.head
         logits, _ = head.forward(features, 1, self._run, None)
@@ -170,6 +173,8 @@ class WasiTrainer(FrozenTrainer):
     def apply(self, step: int, schedule: float) -> float:
         norm = float(torch.stack([g.norm() for g in self._gradients.values()]).norm())
         _refuse_divergence(norm, step, self.recipe)
+        # nothing kept is read any more: the update works in the memory of some of it
+        self._run.workspace.lend(self._factors.scratch_bytes)
         recipe = self.recipe
         clip = min(1.0, recipe.clip_norm / max(norm, 1e-12))
         for name, gradient in self._gradients.items():
@@ -184,6 +189,7 @@ class WasiTrainer(FrozenTrainer):
                 self._adam.update(stored, self._parameters[stored], gradient, rate, step)
         self._gradients.clear()
         self._before_step.clear()
+        release_free_memory()
         return norm
 
     def abandon(self) -> None:
@@ -200,7 +206,7 @@ class WasiTrainer(FrozenTrainer):
         self._factors.clear()
 
     def state(self) -> dict[str, Tensor]:
-        named = {f"parameter.{name}": value for name, value in self._parameters.items()}
+        named = {f"parameter.{name}": value for name, value in self._learning.items()}
         for name, linear in self._linears.items():
             basis, token_weight, cold = linear.training_state()
             named[f"basis.{name}"] = basis

@@ -1,0 +1,129 @@
+"""What the planner is free to decide, and the ways of running that it compares. No torch.
+
+Ways come in tiers. All plans of a tier train the same parameters with gradients of the same rank and differ in memory
+and time, up to rounding and to how many augmented views frozen blocks see; a later tier learns less, and is looked at
+only where nothing of an earlier one fits: first gradients of smaller rank, then fewer trained blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from wasi_edge.keep import Keep, Rebuild
+
+MICRO_BATCHES = (16, 12, 8, 6, 4, 3, 2, 1)
+# augmented views of each photo that the frozen blocks see where their output is cached on disk
+CACHED_VIEWS = 3
+# Relative errors of the gradient of all linears, each choice alone against exact training, on real photos with the
+# embedded model (`benchmarks/gradient_errors.py`): by rank, of what compact blocks keep, of what they keep where they
+# rebuild, of factors in 16 bits.
+RANK_ERRORS = {64: 0.25, 32: 0.36, 16: 0.49}
+COMPACT_ERROR, REBUILT_ERROR, HALF_WEIGHTS_ERROR = 0.0043, 0.0020, 0.0027
+# carried Gram matrices, bits of the factors: rounded factors have other Gram matrices than those carried
+_WEIGHTS = ((True, 32), (False, 32), (False, 16))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """How one run is run.
+
+    micro_batch         photos that pass forward and backward together
+    trained_blocks      blocks that learn, counted from the end; the others stay as they are
+    gradient_rank       r of the compressed inputs of linears
+    cached_views        augmented views whose output of the frozen blocks is kept on disk instead of computed anew
+    compact             what waits for the backward pass is rounded (`keep.py`)
+    rebuilt_attention   blocks, counted from the end, that rebuild their attention in the backward pass
+    rebuilt_branches    of those, blocks that rebuild GELU's input too
+    recomputed_blocks   of those, blocks that keep their input alone
+    carried_grams       hold the Gram matrices of the factors instead of rebuilding them at every step
+    weight_bits         32, or 16: factors in float16, rounded stochastically
+    reused_heap         freed blocks stay in the process and are used again: autograd's tape then faults no pages, but
+                        its many sizes leave gaps (the explicit engine's few small blocks do not: always on)
+    """
+
+    micro_batch: int
+    trained_blocks: int
+    gradient_rank: int
+    cached_views: int = 0
+    compact: bool = True
+    rebuilt_attention: int = 0
+    rebuilt_branches: int = 0
+    recomputed_blocks: int = 0
+    carried_grams: bool = True
+    weight_bits: int = 32
+    reused_heap: bool = True
+
+    def keeps(self) -> tuple[Keep, ...]:
+        """What each trained block keeps, in the order of the forward pass."""
+        from_end = (
+            (self.recomputed_blocks, Rebuild.BLOCK),
+            (self.rebuilt_branches, Rebuild.BRANCHES),
+            (self.rebuilt_attention, Rebuild.ATTENTION),
+        )
+        levels = [
+            next((level for count, level in from_end if place < count), Rebuild.NOTHING)
+            for place in reversed(range(self.trained_blocks))
+        ]
+        return tuple(Keep(level, self.compact) for level in levels)
+
+    def gradient_error(self) -> float | None:
+        """About how far these choices move the gradient of the linears, relative to its norm, each as if independent of
+        the others; None for a rank that was not measured."""
+        if self.gradient_rank not in RANK_ERRORS:
+            return None
+        rebuilding = self.rebuilt_attention / max(1, self.trained_blocks)
+        kept = (1 - rebuilding) * COMPACT_ERROR + rebuilding * REBUILT_ERROR if self.compact else 0.0
+        rounded = HALF_WEIGHTS_ERROR if self.weight_bits == 16 else 0.0
+        return math.hypot(RANK_ERRORS[self.gradient_rank], kept, rounded)
+
+    def choices(self) -> dict[str, Any]:
+        """By name; of a plan, what was chosen alone."""
+        return {key.name: getattr(self, key.name) for key in dataclasses.fields(Choices)}
+
+
+def wasi_tiers(
+    batch: int, gradient_rank: int, depth: int, blocks: int, fewest: int, views: int
+) -> Iterator[Iterator[Choices]]:
+    """Tiers of ways to train the last `blocks` of `depth` blocks or, where that does not fit, fewer down to `fewest`.
+
+    `views`: augmented views of each photo whose pass through frozen blocks may be cached; 0 where the disk is too full.
+    """
+    lower = max(1, gradient_rank // 2)
+    yield _ways(batch, gradient_rank, blocks, views if blocks < depth else 0)
+    yield _ways(batch, lower, blocks, views if blocks < depth else 0)
+    for fewer in range(blocks - 1, fewest - 1, -1):
+        yield _ways(batch, lower, fewer, views)
+
+
+def _ways(batch: int, gradient_rank: int, blocks: int, views: int) -> Iterator[Choices]:
+    for size in MICRO_BATCHES:
+        if size > batch:
+            continue
+        for cached in {0, views}:
+            for carried, bits in _WEIGHTS:
+                way = Choices(
+                    micro_batch=size,
+                    trained_blocks=blocks,
+                    gradient_rank=gradient_rank,
+                    cached_views=cached,
+                    carried_grams=carried,
+                    weight_bits=bits,
+                )
+                if bits == 32:
+                    yield dataclasses.replace(way, compact=False)
+                yield from _ladder(way)
+
+
+def _ladder(way: Choices) -> Iterator[Choices]:
+    """From everything kept to everything rebuilt, a block at a time: what saves most for its time comes first."""
+    blocks = way.trained_blocks
+    for count in range(blocks + 1):
+        yield dataclasses.replace(way, rebuilt_attention=count)
+    for count in range(1, blocks + 1):
+        yield dataclasses.replace(way, rebuilt_attention=blocks, rebuilt_branches=count)
+    for count in range(1, blocks + 1):
+        yield dataclasses.replace(way, rebuilt_attention=blocks, rebuilt_branches=blocks, recomputed_blocks=count)
