@@ -3,9 +3,9 @@
     python benchmarks/memory_grid.py --photos ../shared/data/hymenoptera [--models default,vit-b16] [--out build/grid]
 
 Each row is `wasi-edge finetune` in a fresh process for the epochs of 20 optimiser steps (early stopping may come first:
-`steps` in the JSON says), all blocks trained; the peak is the kernel's (ru_maxrss of the child). Every row is planned
-with `--dry-run` first, infeasible budgets included: those must be refused with exit code 3, and the budget they name
-must then work. Prints a Markdown table; the last line is JSON.
+`steps` in the JSON says), all blocks trained (`--train-blocks`); the peak is the kernel's (ru_maxrss of the child).
+Every row is planned with `--dry-run` first, infeasible budgets included: those must be refused with exit code 3, and
+the budget they name must then work. Prints a Markdown table; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from make_random_model import SIZES, make
+
+from wasi_edge.artefact import read_config
+from wasi_edge.models.locate import resolve_model
 
 MB = 2**20
 STEPS = 20
@@ -46,6 +49,7 @@ GRID = (
     ("vit-b16", 448, 16),
     ("vit-b16", 512, 16),
     ("vit-b16", 768, 16),
+    ("vit-l16", 1024, 16),
 )
 
 
@@ -95,7 +99,7 @@ def row(options: argparse.Namespace, model: str, budget: int, batch: int) -> dic
         "over": planned / peak - 1,
         "over_without_base": (planned - base) / max(peak - base, 1) - 1,
         "seconds_per_photo": report["train_seconds"] / (report["optimizer_steps"] * batch),
-        "plan": {k: report["plan"][k] for k in ("micro_batch", "recomputed_blocks", "carried_grams", "weight_bits")},
+        "plan": {key: value for key, value in report["plan"].items() if key not in ("memory", "other_budgets")},
         "degraded": report["degraded"],
     }
 
@@ -115,13 +119,18 @@ def finetune(
 ) -> tuple[int, dict[str, Any], int]:
     """Exit code, report and peak resident bytes of one command."""
     command = [sys.executable, "-m", "wasi_edge", "finetune", str(options.photos), "--model", model, "--json"]
-    command += ["--budget", f"{budget}MB", "--batch", str(batch), *more]
+    command += ["--budget", f"{budget}MB", "--batch", str(batch), "--train-blocks", str(depth(model)), *more]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
         assert child.stdout is not None
         answer = child.stdout.read()
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
     return child.returncode, json.loads(answer), peak_bytes(usage)
+
+
+def depth(model: str) -> int:
+    """Blocks of the model."""
+    return read_config(resolve_model(model)).geometry.depth
 
 
 def peak_bytes(usage: resource.struct_rusage) -> int:
@@ -132,7 +141,8 @@ def peak_bytes(usage: resource.struct_rusage) -> int:
 def as_markdown(found: dict[str, Any]) -> str:
     """One row of the table."""
     plan = found["plan"]
-    choices = f"{plan['micro_batch']} photos, {plan['recomputed_blocks']} recomputed, {plan['weight_bits']} bits"
+    again = "/".join(str(plan[key]) for key in ("rebuilt_attention", "rebuilt_branches", "recomputed_blocks"))
+    choices = f"{plan['micro_batch']} photos, {again} rebuilt, {plan['weight_bits']} bits, rank {plan['gradient_rank']}"
     if not plan["carried_grams"]:
         choices += ", Gram matrices rebuilt"
     budget = f"{found['budget_mb']}{' (named by a refusal)' if found['refused_first'] else ''}"

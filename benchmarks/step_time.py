@@ -23,7 +23,7 @@ import torch
 
 from wasi_edge.artefact import open_artefact
 from wasi_edge.conversion.sources import open_source
-from wasi_edge.layers.saving import Keep
+from wasi_edge.keep import COMPACT, RECOMPUTE
 from wasi_edge.models.locate import resolve_model
 from wasi_edge.models.vanilla import build_vanilla
 from wasi_edge.models.vit import build_vit
@@ -62,7 +62,7 @@ def main() -> int:
             size,
             head=True,
         )
-    keeps = [Keep.COMPACT] * (geometry.depth - options.recomputed) + [Keep.RECOMPUTE] * options.recomputed
+    keeps = [COMPACT] * (geometry.depth - options.recomputed) + [RECOMPUTE] * options.recomputed
     trainers: dict[str, Trainer] = {
         "wasi": WasiTrainer(factored, recipe, keeps, 32, 0, carry_grams=options.weight_bits == 32),
         "vanilla": VanillaTrainer(dense, recipe),
