@@ -1,9 +1,11 @@
 """Does the planner keep its word? Real training runs over models, budgets and batches; peaks seen from outside.
 
-    python benchmarks/memory_grid.py --photos ../shared/data/hymenoptera [--models default,vit-b16] [--out build/grid]
+    python benchmarks/memory_grid.py --photos ../shared/data/clothing [--models default,vit-b16] [--budgets 512,768]
+        [--out build/grid]
 
-Each row is `wasi-edge finetune` in a fresh process for the epochs of 20 optimiser steps (early stopping may come first:
-`steps` in the JSON says), all blocks trained (`--train-blocks`); the peak is the kernel's (ru_maxrss of the child).
+PHOTOS holds class folders; the first 80 photos of each are used. Each row is `wasi-edge finetune` in a fresh process
+for at least 20 optimiser steps, all blocks trained (`--train-blocks`); the peak is the kernel's (ru_maxrss of the
+child).
 Every row is planned with `--dry-run` first, infeasible budgets included: those must be refused with exit code 3, and
 the budget they name must then work. Prints a Markdown table; the last line is JSON.
 """
@@ -27,7 +29,7 @@ from wasi_edge.artefact import read_config
 from wasi_edge.models.locate import resolve_model
 
 MB = 2**20
-STEPS = 20
+STEPS, PHOTOS_PER_CLASS = 20, 80
 HEADER = """\
 | model | budget | batch | planned | measured | over | over, base aside | plan |
 |---|---|---|---|---|---|---|---|"""
@@ -58,17 +60,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--models", default=",".join(dict.fromkeys(model for model, _, _ in GRID)))
+    parser.add_argument("--budgets", help="of the grid's, those in MB (all)")
     parser.add_argument("--out", type=Path, default=Path("build/grid"))
     options = parser.parse_args()
+    options.photos = subset(options.photos, options.out / "photos")
     wanted = options.models.split(",")
+    budgets = None if options.budgets is None else [int(budget) for budget in options.budgets.split(",")]
     rows = []
     print(HEADER)
     for model, budget, batch in GRID:
-        if model in wanted:
+        if model in wanted and (budgets is None or budget in budgets):
             rows.append(row(options, model, budget, batch))
             print(as_markdown(rows[-1]), flush=True)
     print(json.dumps(rows))
     return 0
+
+
+def subset(photos: Path, out: Path) -> Path:
+    """The first photos of each class, so that one epoch is about the steps that are asked for."""
+    shutil.rmtree(out, ignore_errors=True)
+    for folder in sorted(path for path in photos.iterdir() if path.is_dir()):
+        (out / folder.name).mkdir(parents=True)
+        for photo in sorted(folder.iterdir())[:PHOTOS_PER_CLASS]:
+            shutil.copyfile(photo, out / folder.name / photo.name)
+    return out
 
 
 def row(options: argparse.Namespace, model: str, budget: int, batch: int) -> dict[str, Any]:
@@ -84,8 +99,9 @@ def row(options: argparse.Namespace, model: str, budget: int, batch: int) -> dic
     run = options.out / "run"
     shutil.rmtree(run, ignore_errors=True)
     code, report, peak = finetune(options, folder, budget, batch, ["--out", str(run), "--epochs", str(epochs)])
-    if code != 0:
-        raise SystemExit(f"{model} at {budget} MB: exit code {code}: {report.get('error')}")
+    if code != 0 or report["optimizer_steps"] < STEPS:
+        steps = report.get("optimizer_steps")
+        raise SystemExit(f"{model} at {budget} MB: exit code {code} after {steps} steps: {report.get('error')}")
     base = report["plan"]["memory"][0]["bytes"]
     planned = report["planned_peak_rss_bytes"]
     return {
