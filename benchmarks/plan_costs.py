@@ -37,14 +37,14 @@ def main() -> int:
     from wasi_edge.keep import COMPACT, EXACT, Keep, Rebuild
     from wasi_edge.models.locate import resolve_model
     from wasi_edge.models.vit import build_vit
-    from wasi_edge.training.trainer import Recipe, WasiTrainer
+    from wasi_edge.training.trainer import Recipe, SubspaceTrainer
 
     torch.set_grad_enabled(False)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(BATCH, 3, options.image_size, options.image_size, generator=generator)
     labels, weight = torch.randint(0, CLASSES, (BATCH,), generator=generator), torch.ones(BATCH)
 
-    def trainer(keep: Keep, carry_grams: bool = True, bits: int = 32) -> WasiTrainer:
+    def trainer(keep: Keep, carry_grams: bool = True, bits: int = 32) -> SubspaceTrainer:
         def read(name: str) -> torch.Tensor:
             if name in head:
                 return head[name]
@@ -59,7 +59,7 @@ def main() -> int:
             }
             model = build_vit(geometry, artefact.config.linears, read, options.image_size, head=True)
         recipe, keeps = Recipe(1e-6, 1e-6, 1e-6, 0.0, 1.0, 0.1), [keep] * geometry.depth
-        return WasiTrainer(model, recipe, keeps, GRADIENT_RANK, 0, None, carry_grams)
+        return SubspaceTrainer(model, recipe, keeps, GRADIENT_RANK, 0, None, carry_grams)
 
     compact, half = trainer(COMPACT), trainer(COMPACT, carry_grams=False, bits=16)
     ways = {f"micro_batch_{size}": (compact, size) for size in MICRO_BATCHES}

@@ -27,7 +27,8 @@ from wasi_edge.keep import COMPACT, RECOMPUTE
 from wasi_edge.models.locate import resolve_model
 from wasi_edge.models.vanilla import build_vanilla
 from wasi_edge.models.vit import build_vit
-from wasi_edge.training.trainer import Recipe, Trainer, VanillaTrainer, WasiTrainer
+from wasi_edge.training.trainer import Recipe, SubspaceTrainer, Trainer
+from wasi_edge.training.vanilla_trainer import VanillaTrainer
 
 CLASSES, BATCH = 5, 16
 
@@ -64,7 +65,7 @@ def main() -> int:
         )
     keeps = [COMPACT] * (geometry.depth - options.recomputed) + [RECOMPUTE] * options.recomputed
     trainers: dict[str, Trainer] = {
-        "wasi": WasiTrainer(factored, recipe, keeps, 32, 0, carry_grams=options.weight_bits == 32),
+        "wasi": SubspaceTrainer(factored, recipe, keeps, 32, 0, carry_grams=options.weight_bits == 32),
         "vanilla": VanillaTrainer(dense, recipe),
     }
     generator = torch.Generator().manual_seed(0)

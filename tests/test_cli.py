@@ -84,7 +84,7 @@ def in_process(*arguments, **options):
         (["fine"], 2, "No such command"),
         (["finetune"], 2, "PHOTOS"),
         (["finetune", ".", "--no-such-flag"], 2, "--no-such-flag"),
-        (["finetune", ".", "--method", "lora"], 2, "--method"),
+        (["finetune", ".", "--method", "qlora"], 2, "--method"),
         (["finetune", ".", "--budget", "lots"], 2, "'lots' is not a size"),
         (["finetune", ".", "--max-time", "soon"], 2, "'soon' is not a duration"),
         (["finetune", ".", "--epsilon", "1.5"], 2, "--epsilon must be above 0"),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +164,38 @@ def test_a_signal_saves_and_exits_130(base, tmp_path, number):
     assert latest_checkpoint(out / "checkpoint") is not None
 
 
+def test_a_closed_terminal_saves_and_exits_130(base, tmp_path):
+    """What happens to a run when its SSH session ends: every write fails from then on, and a hang-up comes."""
+    out = tmp_path / "hung-up"
+    ours, its = pty.openpty()
+    child = subprocess.Popen(
+        command(*(word for word in finetune(base, out, "--epochs", 400) if word != "--json")),
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(its)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not any((out / "checkpoint").glob("step-*/manifest.json")):
+        if select.select([ours], [], [], 0.02)[0]:
+            os.read(ours, 65536)
+    os.close(ours)
+    assert child.wait(timeout=60) == 130
+    assert latest_checkpoint(out / "checkpoint") is not None
+    assert json.loads((out / "report.json").read_text())["status"] == "interrupted"
+
+
+def test_photos_that_changed_are_not_gone_on_with(base, tmp_path):
+    photos, out = render(tmp_path / "photos"), tmp_path / "out"
+    arguments = finetune(base, out, "--epochs", 400, photos=photos)
+    kill_when(arguments, lambda: any((out / "checkpoint").glob("step-*/manifest.json")))
+    render(photos, classes=("blue",), seed=2)
+    done = run(*arguments, "--resume")
+    assert done.returncode == 2 and "not those that" in report_of(done)["error"]
+
+
 def test_an_impossible_budget_is_refused_and_nothing_is_written(base, tmp_path):
     out = tmp_path / "refused"
     began = time.monotonic()
@@ -214,14 +250,16 @@ def test_going_on_with_a_new_class_and_without_an_old_one(base, finished, tmp_pa
         assert artefact.config.labels == ["green", "red", "blue"]
 
 
-@pytest.mark.parametrize("method", ["vanilla", "head"])
+@pytest.mark.parametrize("method", ["vanilla", "lora", "asi", "wsi", "head"])
 def test_other_methods_run_and_say_what_they_do(base, tmp_path, method):
     done = run(*finetune(base, tmp_path / method, "--epochs", 1, "--method", method))
     report = report_of(done)
     assert report["status"] == "completed" and report["method"] == method
-    assert report["optimizer_steps"] == (4 if method == "vanilla" else 0)
-    if method == "vanilla":
-        assert "multiplies the factors" in done.stderr
+    assert report["optimizer_steps"] == (0 if method == "head" else 4)
+    assert ("multiplies the factors" in done.stderr) == (method in ("vanilla", "lora", "asi"))
+    assert report["peak_rss_bytes"] <= report["planned_peak_rss_bytes"]
+    predicted = report_of(run("predict", tmp_path / method, base["photos"], "--json"))
+    assert all("label" in entry for entry in predicted)
 
 
 def test_max_time_ends_in_time_and_exits_zero(base, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from models import TINY, random_tensors, random_vit
 from reference import one_thread  # noqa: F401
-from test_finetune import kill_when, render, report_of, run, tensors
+from test_finetune import command, kill_when, render, report_of, run, tensors
 from test_vit import engine_gradients, relative_error
 from tiny_artefact import write_tiny
 
@@ -21,7 +23,7 @@ from wasi_edge.keep import COMPACT, EXACT
 from wasi_edge.layers.saving import Pass
 from wasi_edge.models.vit import build_vit
 from wasi_edge.training.frozen import TokenFile, cache_tokens
-from wasi_edge.training.trainer import Recipe, WasiTrainer
+from wasi_edge.training.trainer import Recipe, SubspaceTrainer
 
 
 def parts(dtype: torch.dtype = torch.float64):
@@ -71,7 +73,7 @@ def test_gradients_of_the_blocks_that_learn_are_those_of_full_training():
 
 def test_frozen_parameters_stay_and_are_no_part_of_the_state():
     model = random_vit(dtype=torch.float32)
-    trainer = WasiTrainer(model, Recipe(1e-2, 1e-2, 1e-2, 0.1, 2.0, 0.1), [COMPACT], 5, 0)
+    trainer = SubspaceTrainer(model, Recipe(1e-2, 1e-2, 1e-2, 0.1, 2.0, 0.1), [COMPACT], 5, 0)
     before = {name: value.clone() for name, value in trainer.parameters().items()}
     with torch.no_grad():
         for step in (1, 2, 3):
@@ -221,9 +223,26 @@ def test_dense_layers_of_frozen_blocks_stay_dense_and_a_finished_run_goes_on(bas
     assert report["continued_from"]["absent_classes"] == ["red"]
 
 
-def test_a_signal_while_the_frozen_blocks_run_is_obeyed_and_no_time_is_spent_beyond_the_limit(base, tmp_path):
-    report = report_of(run(*finetune(base, tmp_path / "limited", "--epochs", 20000, "--max-time", "12s")))
-    assert report["status"] in ("time_limit", "early_stopped") and report["optimizer_steps"] > 0
+def test_no_time_is_spent_beyond_the_limit(base, tmp_path):
+    # without held-out photos nothing can stop it early
+    more = ("--epochs", 20000, "--max-time", "12s", "--val-split", 0)
+    report = report_of(run(*finetune(base, tmp_path / "limited", *more)))
+    assert report["status"] == "time_limit" and report["optimizer_steps"] > 0
+    assert report["total_seconds"] < 24  # a stopped machine, not a run that forgot the time
+
+
+def test_a_signal_while_the_frozen_blocks_run_is_obeyed(base, tmp_path):
+    out = tmp_path / "stopped"
+    photos = render(tmp_path / "photos", per_class=150)
+    arguments = ("finetune", photos, *finetune(base, out, "--epochs", 5)[2:])
+    child = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (out / "checkpoint" / "frozen" / "train.bin").exists():
+        time.sleep(0.002)
+    child.terminate()
+    stdout, _ = child.communicate(timeout=60)
+    assert child.returncode == 130 and json.loads(stdout)["status"] == "interrupted"
+    assert not (out / "checkpoint" / "frozen" / "index.json").exists()
 
 
 def test_a_full_disk_is_said_in_a_sentence(tmp_path, monkeypatch):

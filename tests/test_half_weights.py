@@ -9,7 +9,7 @@ from models import TINY, random_tensors
 from wasi_edge.keep import EXACT
 from wasi_edge.models.vit import build_vit
 from wasi_edge.training.factor_update import stochastic_round
-from wasi_edge.training.trainer import Recipe, WasiTrainer
+from wasi_edge.training.trainer import Recipe, SubspaceTrainer
 
 RECIPE = Recipe(2e-3, 1e-3, 1e-3, 0.01, 2.0, 0.1)
 
@@ -51,15 +51,15 @@ def test_small_steps_add_up_where_plain_rounding_would_lose_them():
     assert abs(float(stochastic.float().mean()) - (1 + 256 * step)) < 30 * step
 
 
-def trainer(bits: int, seed: int = 0) -> WasiTrainer:
+def trainer(bits: int, seed: int = 0) -> SubspaceTrainer:
     ranks, tensors = random_tensors(TINY, 6, 3, dtype=torch.float32)
     if bits == 16:
         tensors = {key: v.half() if key.endswith((".left", ".right")) else v for key, v in tensors.items()}
     model = build_vit(TINY, ranks, {k: v.clone() for k, v in tensors.items()}.__getitem__, 16, head=True)
-    return WasiTrainer(model, RECIPE, [EXACT] * TINY.depth, 5, seed, carry_grams=bits == 32)
+    return SubspaceTrainer(model, RECIPE, [EXACT] * TINY.depth, 5, seed, carry_grams=bits == 32)
 
 
-def train(engine: WasiTrainer, steps: int) -> list[float]:
+def train(engine: SubspaceTrainer, steps: int) -> list[float]:
     pixels, labels = torch.randn(6, 3, 16, 16, generator=generator(7)), torch.tensor([0, 1, 2, 0, 1, 2])
     losses = []
     with torch.no_grad():

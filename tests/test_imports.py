@@ -23,6 +23,7 @@ ONLY_FROM = {
     "wasi_edge.planner": (
         "chunks",
         "keep",
+        "method",
         "models.geometry",
         "artefact",
         "memory",
@@ -33,8 +34,8 @@ ONLY_FROM = {
 }
 # No torch at any level. In `inference` everything but the torch backend, which others import late.
 TORCH_FREE = (
-    "planner", "data", "memory", "artefact", "tensorfile", "preprocess", "errors", "units", "chunks", "keep", "metrics",
-    "report", "inference", "subspace.ranks", "models.geometry", "models.keys_",
+    "planner", "data", "memory", "artefact", "tensorfile", "preprocess", "errors", "units", "chunks", "keep", "method",
+    "metrics", "report", "inference", "subspace.ranks", "models.geometry", "models.keys_",
 )  # fmt: skip
 TORCH_ALLOWED = ("inference.torch_backend",)
 IMPORTERS = ("importlib.import_module", "import_module", "__import__")

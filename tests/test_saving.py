@@ -36,7 +36,7 @@ from wasi_edge.models.vanilla import VanillaBlock
 from wasi_edge.models.vit import build_block, build_vit
 from wasi_edge.subspace.ranks import is_factored_smaller
 from wasi_edge.training.factor_update import FactorUpdate
-from wasi_edge.training.trainer import Recipe, WasiTrainer
+from wasi_edge.training.trainer import Recipe, SubspaceTrainer
 
 VIT_B = ViTGeometry(16, 768, 12, 12, 3072, 14, features="class")
 RECIPE = Recipe(1e-2, 1e-3, 1e-3, 0.01, 2.0, 0.1)
@@ -169,14 +169,14 @@ def test_blocks_that_are_recomputed_share_what_they_rebuild():
 # ------------------------------------------------------------------------------------------- whole training steps
 
 
-def odd_trainer(keeps: list[Keep] | None = None, dtype: torch.dtype = torch.float32) -> WasiTrainer:
+def odd_trainer(keeps: list[Keep] | None = None, dtype: torch.dtype = torch.float32) -> SubspaceTrainer:
     ranks, tensors = random_tensors(ODD, 5, 3, dtype=dtype)
     tensors["blocks.1.proj.right"].zero_()  # a dead layer takes the slow way of the update
     model = build_vit(ODD, ranks, lambda name: tensors[name].clone(), 12, head=True)
-    return WasiTrainer(model, RECIPE, keeps or [COMPACT, RECOMPUTE], 4, seed=0)
+    return SubspaceTrainer(model, RECIPE, keeps or [COMPACT, RECOMPUTE], 4, seed=0)
 
 
-def train_step(trainer: WasiTrainer, step: int, dtype: torch.dtype = torch.float32) -> None:
+def train_step(trainer: SubspaceTrainer, step: int, dtype: torch.dtype = torch.float32) -> None:
     """An effective batch of five photos, three and two."""
     photos = torch.randn(5, 3, 12, 12, generator=torch.Generator().manual_seed(step), dtype=dtype)
     labels = torch.tensor([0, 1, 2, 0, 1])

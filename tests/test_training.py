@@ -16,7 +16,7 @@ from wasi_edge.training.factor_update import FactorUpdate, polar_factor
 from wasi_edge.training.head import FeatureStatistics, fit_head, merge_statistics
 from wasi_edge.training.loop import schedule
 from wasi_edge.training.loss import cross_entropy
-from wasi_edge.training.trainer import Recipe, WasiTrainer
+from wasi_edge.training.trainer import Recipe, SubspaceTrainer
 
 RECIPE = Recipe(1e-3, 1e-3, 1e-3, 0.01, 1.0, 0.1)
 
@@ -113,7 +113,7 @@ def test_polar_factor_has_unit_singular_values_and_survives_zero():
 
 def trainer_of(seed=0, keep=EXACT, carry_grams=True):
     model = random_vit(dtype=torch.float32, seed=seed)
-    return WasiTrainer(model, RECIPE, [keep] * TINY.depth, 4, seed, carry_grams=carry_grams)
+    return SubspaceTrainer(model, RECIPE, [keep] * TINY.depth, 4, seed, carry_grams=carry_grams)
 
 
 def one_step(trainer, step, micro=2):
@@ -248,6 +248,15 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(WasiEdgeError, match="free disk"):
         save_checkpoint(tmp_path, 1, {"a": torch.ones(3)}, {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_the_same_step_is_not_taken_away_to_be_written_again(tmp_path, monkeypatch):
+    state = {"a": torch.arange(4.0)}
+    folder = save_checkpoint(tmp_path, 3, state, {"step": 3})
+    written = (folder / "state.safetensors").stat().st_ino
+    monkeypatch.setattr("wasi_edge.training.checkpoint.TensorWriter", None)
+    assert save_checkpoint(tmp_path, 3, state, {"step": 3}) == folder
+    assert (folder / "state.safetensors").stat().st_ino == written
 
 
 def test_schedule_warms_up_and_ends_near_zero():

@@ -69,14 +69,22 @@ def run(arguments: Sequence[str]) -> int:
     console.settle_streams()
     words = list(arguments) or ["--help"]
     try:
+        code = _invoke(words)
         try:
-            return _invoke(words)
-        finally:
             sys.stdout.flush()  # here, where a closed pipe is still an error that can be met
+        except BrokenPipeError:
+            raise
+        except OSError:  # the terminal has gone, the work is done
+            _silence_stdout()
+        return code
     except BrokenPipeError:
-        # Whoever read our output has gone (`| head`): the interpreter's own last flush must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read our output has gone (`| head`): the interpreter's own last flush must not complain either.
+        _silence_stdout()
         return 1
+
+
+def _silence_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _invoke(words: list[str]) -> int:

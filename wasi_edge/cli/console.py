@@ -69,7 +69,8 @@ def say(text: str) -> None:
     """One line on stderr, or several."""
     from wasi_edge.report.svg import printable
 
-    sys.stderr.write("\n".join(map(printable, text.split("\n"))) + "\n")
+    with contextlib.suppress(OSError):  # of a terminal that has gone
+        sys.stderr.write("\n".join(map(printable, text.split("\n"))) + "\n")
 
 
 @contextlib.contextmanager

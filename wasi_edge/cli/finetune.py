@@ -14,7 +14,8 @@ import typer
 from wasi_edge.cli import console
 from wasi_edge.cli.options import budget_from, require, require_empty
 from wasi_edge.errors import Interrupted, WasiEdgeError
-from wasi_edge.training.request import FinetuneRequest, Method
+from wasi_edge.method import Method
+from wasi_edge.training.request import FinetuneRequest
 from wasi_edge.units import parse_duration
 
 _RUN = re.compile(r"wasi-run-(\d+)")

@@ -9,9 +9,10 @@ this run really has.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -74,7 +75,11 @@ class _Live(ProgressColumn):
 
 
 class RichEvents:
-    """`training.request.Events` on a console. A context manager: leaving it takes the bar away."""
+    """`training.request.Events` on a console. A context manager: leaving it takes the bar away.
+
+    A terminal that has gone (a closed SSH session) must not end a run that is about to save: from the first write that
+    fails on, nothing more is written.
+    """
 
     def __init__(self, console: Console, budget_bytes: int) -> None:
         self._console = console
@@ -101,16 +106,27 @@ class RichEvents:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with self._unless_gone():
+                self._progress.stop()
+
+    @contextlib.contextmanager
+    def _unless_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._progress, self._task = None, None
+            self._console.quiet = True
 
     def message(self, text: str) -> None:
         """One sentence, above the bar."""
-        self._console.print(Text(printable(text)))
+        with self._unless_gone():
+            self._console.print(Text(printable(text)))
 
     def planned(self, plan: dict[str, Any], budget_bytes: int, peak_bytes: int, seconds: float) -> None:
         """The plan as a table."""
         self._remaining.planned(finite(plan.get("epochs")), seconds)
-        self._console.print(plan_table(plan, budget_bytes, peak_bytes, seconds))
+        with self._unless_gone():
+            self._console.print(plan_table(plan, budget_bytes, peak_bytes, seconds))
 
     def stage(self, name: str, total: int) -> None:
         """A new bar, or one line the first time that such a stage begins."""
@@ -119,22 +135,24 @@ class RichEvents:
             kind = re.sub(r"\d+", "", name)
             if kind not in self._announced:
                 self._announced.add(kind)
-                self._console.print(Text(f"{name} ({total})"))
+                self.message(f"{name} ({total})")
             return
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(name, total=total, note="")
-        self._progress.start()
+        with self._unless_gone():
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._task = self._progress.add_task(name, total=total, note="")
+            self._progress.start()
 
     def advance(self, done: int, note: str = "") -> None:
         """Moves the bar."""
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, note=note)
+            with self._unless_gone():
+                self._progress.update(self._task, completed=done, note=note)
 
     def epoch(self, entry: dict[str, Any]) -> None:
         """One line: what was learned, and how long it took so far."""
         self._remaining.epoch(entry)
-        self._console.print(Text(epoch_line(entry)))
+        self.message(epoch_line(entry))
 
 
 def epoch_line(entry: Mapping[str, Any]) -> str:

@@ -1,9 +1,13 @@
-"""Linear layers: dense, and in factors with a compressed input (WASI).
+"""Linear layers: dense, and those whose weight gradient comes as a small matrix.
 
-`WasiLinear` is y = (x R^T) L^T + b with `left` L (O, K) and `right` R (K, I) as its only weights. Of its input it
-keeps z = x U (T, r), U (I, r) the warm-started orthonormal basis of the subspace that carries the gradient, and its
-weight gradient is the small matrix P = dy^T z (O, r), meaning dW ~ P U^T (arXiv 2510.09160; the factored form is
-ours). No (O, I) tensor exists in either pass.
+    WasiLinear   factors L (O, K), R (K, I):  y = (x R^T) L^T + b;  keeps z = x U (T, r)
+    WsiLinear    the same factors;                                  keeps all of x
+    AsiLinear    a dense W (O, I):            y = x W^T + b;        keeps z = x U (T, r)
+
+Their weight gradient is P = dy^T x U (O, r), meaning dW ~ P U^T, with U (I, r) an orthonormal basis warm-started from
+step to step (arXiv 2510.09160; the factored form is ours): no gradient of shape (O, I) ever exists. U follows the
+input, weighted by where gradients arrive, because x is gone by the time dy is known; where x is kept (WSI) it follows
+the gradient itself, which is the best that rank r can do.
 
 An optional output scale s (LayerScale) belongs to the linear before it: y = s * (x W^T + b). Its gradient is
 ds_o = <W_o, dW'_o> + b_o db'_o with dW' the gradient before scaling, so nothing is kept for it.
@@ -11,14 +15,20 @@ ds_o = <W_o, dW'_o> + b_o db'_o with dW' the gradient before scaling, so nothing
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from wasi_edge.layers.saving import Pass
+from wasi_edge.method import Method
 from wasi_edge.subspace import tucker
+from wasi_edge.subspace.orthonormal import orthonormalise
 
 # How fast the token weights forget: about the last ten micro-batches count.
 _TOKEN_WEIGHT_MOMENTUM = 0.9
+# Iterations that a random start needs; afterwards the last step's basis is a warm start.
+_COLD_ITERATIONS = 4
 
 
 class DenseLinear:
@@ -69,17 +79,14 @@ class DenseLinear:
         return torch.mm(dy, weight, out=out), grads
 
 
-class WasiLinear:
-    """y = (x R^T) L^T + b. `params`: left (O, K), right (K, I), bias (O,), perhaps scale (O,).
+class SubspaceLinear:
+    """A linear whose weight gradient is P U^T. `basis` U (I, r) and `token_weight` (N,) are training state, None until
+    `start_training`. Subclasses say what the weight is."""
 
-    Factors in float16 are widened into two shared buffers each time they are used: products are always in x's type.
-    `basis` (I, r) and `token_weight` (N,) are training state, None until `start_training`.
-    """
+    params: dict[str, Tensor]
 
-    def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
-        if left.shape[1] != right.shape[0]:
-            raise ValueError(f"left is {tuple(left.shape)} but right is {tuple(right.shape)}: ranks must agree")
-        self.params = {"left": left, "right": right}
+    def __init__(self, weights: dict[str, Tensor], bias: Tensor | None, scale: Tensor | None) -> None:
+        self.params = dict(weights)
         if bias is not None:
             self.params["bias"] = bias
         if scale is not None:
@@ -91,14 +98,14 @@ class WasiLinear:
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I)."""
-        return self.params["left"].shape[0], self.params["right"].shape[1]
+        raise NotImplementedError
 
     def start_training(self, gradient_rank: int, tokens: int, generator: torch.Generator) -> None:
         """A random basis of rank min(gradient_rank, I), improved by the first refresh; equal token weights."""
-        right = self.params["right"]
-        dtype = torch.float32 if right.dtype is torch.float16 else right.dtype
-        rank = min(gradient_rank, right.shape[1])
-        self.basis = tucker.initial_basis(right.shape[1], rank, generator, dtype)
+        features = self.shape[1]
+        held = next(iter(self.params.values())).dtype
+        dtype = torch.float32 if held is torch.float16 else held
+        self.basis = tucker.initial_basis(features, min(gradient_rank, features), generator, dtype)
         self.token_weight = torch.ones(tokens, dtype=dtype)
         self._cold = True
 
@@ -114,20 +121,20 @@ class WasiLinear:
     def forward(
         self, x: Tensor, tokens: int, run: Pass, save_as: str | None, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """(T, I) -> (T, O), into `out` if given; T = B * `tokens`. With `save_as`, keeps z (T, r)."""
-        left, right = self._factors(x.dtype, run)
-        hidden = run.workspace.take("linear.hidden", (x.shape[0], right.shape[0]), x.dtype)
-        torch.mm(x, right.t(), out=hidden)  # (T, I) @ (I, K) -> (T, K)
-        y = _affine(hidden, left, self.params.get("bias"), out)  # (T, K) @ (K, O) -> (T, O)
+        """(T, I) -> (T, O), into `out` if given; T = B * `tokens`. With `save_as`, keeps what `save` says."""
+        y = self._product(self._weights(x.dtype, run), x, run, out)
         if "scale" in self.params:
             y.mul_(self.params["scale"])
         return y, None if save_as is None else self.save(x, tokens, run, save_as)
 
     def save(self, x: Tensor, tokens: int, run: Pass, save_as: str) -> Tensor:
         """What the backward pass needs of x: z = x U (T, r), U refreshed first where this pass says so."""
-        assert self.basis is not None, "start_training was not called"
+        assert self.basis is not None and self.token_weight is not None, "start_training was not called"
         if run.refresh_basis:
-            self._refresh_basis(x, tokens)
+            weight = self.token_weight.repeat(x.shape[0] // tokens)
+            iterations = _COLD_ITERATIONS if self._cold else 1
+            self.basis = tucker.refresh_basis(x, self.basis, weight, iterations)
+            self._cold = False
         z = run.workspace.take(save_as, (x.shape[0], self.basis.shape[1]), x.dtype)
         return torch.mm(x, self.basis, out=z)  # (T, I) @ (I, r) -> (T, r)
 
@@ -135,52 +142,153 @@ class WasiLinear:
         self, saved: Tensor, dy: Tensor, tokens: int, run: Pass, out: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(T, O) -> gradient of x (T, I), into `out` if given; `projected` P (O, r) and the dense parameters'."""
-        left, right = self._factors(dy.dtype, run)
-        assert self.basis is not None
-        self._learn_token_weight(dy, tokens)
-        projected = dy.t() @ saved  # (O, T) @ (T, r) -> (O, r)
+        weights, projected = self._weights(dy.dtype, run), self._projected(saved, dy, tokens, run)
         grads = {"projected": projected}
         if "bias" in self.params:
             grads["bias"] = dy.sum(0)
         if "scale" in self.params:
             scale = self.params["scale"]
-            # rows of <L R, P U^T> without forming either product: (P * (L (R U))).sum(1)
-            grads["scale"] = (projected * (left @ (right @ self.basis))).sum(1)
+            assert self.basis is not None
+            # rows of <W, P U^T> without forming the second: (P * (W U)).sum(1)
+            grads["scale"] = (projected * self._times_weight(weights, self.basis)).sum(1)
             if "bias" in self.params:
                 grads["scale"] += self.params["bias"] * grads["bias"]
                 grads["bias"] *= scale
             projected *= scale[:, None]
+        return self._product_backward(weights, dy, run, out), grads
+
+    def _projected(self, saved: Tensor, dy: Tensor, tokens: int, run: Pass) -> Tensor:
+        """P (O, r) from what `save` kept; learns where gradients arrive."""
+        assert self.token_weight is not None
+        # lagged mean of |dy_t|^2 at each token position, relative to the mean over positions
+        energy = torch.linalg.vector_norm(dy, dim=1).square_().view(-1, tokens).mean(0)
+        mean = energy.mean()
+        if mean > 0:
+            self.token_weight.mul_(_TOKEN_WEIGHT_MOMENTUM).add_(energy.div_(mean), alpha=1 - _TOKEN_WEIGHT_MOMENTUM)
+        return dy.t() @ saved  # (O, T) @ (T, r) -> (O, r)
+
+    def _weights(self, dtype: torch.dtype, run: Pass) -> tuple[Tensor, ...]:
+        """The weight, or its factors, in `dtype`: what the three products below are made with."""
+        raise NotImplementedError
+
+    def _product(self, weights: tuple[Tensor, ...], x: Tensor, run: Pass, out: Tensor | None) -> Tensor:
+        """x W^T + b (T, O), not scaled."""
+        raise NotImplementedError
+
+    def _product_backward(self, weights: tuple[Tensor, ...], dy: Tensor, run: Pass, out: Tensor | None) -> Tensor:
+        """dy diag(scale) W (T, I)."""
+        raise NotImplementedError
+
+    def _times_weight(self, weights: tuple[Tensor, ...], basis: Tensor) -> Tensor:
+        """W U (O, r)."""
+        raise NotImplementedError
+
+
+class WasiLinear(SubspaceLinear):
+    """y = (x R^T) L^T + b. `params`: left (O, K), right (K, I), bias (O,), perhaps scale (O,).
+
+    Factors in float16 are widened into two shared buffers each time they are used: products are always in x's type.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
+        if left.shape[1] != right.shape[0]:
+            raise ValueError(f"left is {tuple(left.shape)} but right is {tuple(right.shape)}: ranks must agree")
+        super().__init__({"left": left, "right": right}, bias, scale)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.params["left"].shape[0], self.params["right"].shape[1]
+
+    def _product(self, weights: tuple[Tensor, ...], x: Tensor, run: Pass, out: Tensor | None) -> Tensor:
+        left, right = weights
+        hidden = run.workspace.take("linear.hidden", (x.shape[0], right.shape[0]), x.dtype)
+        torch.mm(x, right.t(), out=hidden)  # (T, I) @ (I, K) -> (T, K)
+        return _affine(hidden, left, self.params.get("bias"), out)  # (T, K) @ (K, O) -> (T, O)
+
+    def _product_backward(self, weights: tuple[Tensor, ...], dy: Tensor, run: Pass, out: Tensor | None) -> Tensor:
+        left, right = weights
+        if "scale" in self.params:
             scaled = run.workspace.take("linear.scaled", tuple(left.shape), left.dtype)
-            left = torch.mul(left, scale[:, None], out=scaled)
+            left = torch.mul(left, self.params["scale"][:, None], out=scaled)
         dhidden = run.workspace.take("linear.hidden", (dy.shape[0], right.shape[0]), dy.dtype)
         torch.mm(dy, left, out=dhidden)  # (T, O) @ (O, K) -> (T, K)
-        return torch.mm(dhidden, right, out=out), grads  # (T, K) @ (K, I) -> (T, I)
+        return torch.mm(dhidden, right, out=out)  # (T, K) @ (K, I) -> (T, I)
 
-    def _factors(self, dtype: torch.dtype, run: Pass) -> tuple[Tensor, Tensor]:
-        """L (O, K) and R (K, I) in `dtype`."""
+    def _times_weight(self, weights: tuple[Tensor, ...], basis: Tensor) -> Tensor:
+        left, right = weights
+        return left @ (right @ basis)
+
+    def _weights(self, dtype: torch.dtype, run: Pass) -> tuple[Tensor, ...]:
         left, right = self.params["left"], self.params["right"]
         if left.dtype is dtype:
             return left, right
         keep = run.workspace.keep
         return keep("linear.left", left, dtype), keep("linear.right", right, dtype)
 
-    def _refresh_basis(self, x: Tensor, tokens: int) -> None:
-        assert self.basis is not None and self.token_weight is not None
-        weight = self.token_weight.repeat(x.shape[0] // tokens)
-        # a random start needs a few iterations; afterwards the last step's basis is a warm start
-        self.basis = tucker.refresh_basis(x, self.basis, weight, iterations=4 if self._cold else 1)
-        self._cold = False
 
-    def _learn_token_weight(self, dy: Tensor, tokens: int) -> None:
-        """Lagged mean of |dy_t|^2 at each token position, relative to the mean over positions."""
-        assert self.token_weight is not None
-        energy = torch.linalg.vector_norm(dy, dim=1).square_().view(-1, tokens).mean(0)
-        mean = energy.mean()
-        if mean > 0:
-            self.token_weight.mul_(_TOKEN_WEIGHT_MOMENTUM).add_(energy.div_(mean), alpha=1 - _TOKEN_WEIGHT_MOMENTUM)
+class WsiLinear(WasiLinear):
+    """The factors of `WasiLinear`, whose input is kept whole (T, I): U is chosen by the gradient itself."""
+
+    def save(self, x: Tensor, tokens: int, run: Pass, save_as: str) -> Tensor:
+        """What the backward pass needs of x: all of it."""
+        return run.workspace.keep(save_as, x, x.dtype)
+
+    def _projected(self, saved: Tensor, dy: Tensor, tokens: int, run: Pass) -> Tensor:
+        assert self.basis is not None, "start_training was not called"
+        if run.refresh_basis:
+            for _ in range(_COLD_ITERATIONS if self._cold else 1):
+                left = dy.t() @ (saved @ self.basis)  # dW U, (O, r)
+                self.basis = orthonormalise(saved.t() @ (dy @ left))  # orth(dW^T dW U)
+            self._cold = False
+        return dy.t() @ (saved @ self.basis)
 
 
-Linear = DenseLinear | WasiLinear
+class AsiLinear(SubspaceLinear):
+    """y = x W^T + b. `params`: weight (O, I), bias (O,), perhaps scale (O,)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
+        super().__init__({"weight": weight}, bias, scale)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        out_features, in_features = self.params["weight"].shape
+        return out_features, in_features
+
+    def _weights(self, dtype: torch.dtype, run: Pass) -> tuple[Tensor, ...]:
+        return (self.params["weight"],)
+
+    def _product(self, weights: tuple[Tensor, ...], x: Tensor, run: Pass, out: Tensor | None) -> Tensor:
+        return _affine(x, weights[0], self.params.get("bias"), out)
+
+    def _product_backward(self, weights: tuple[Tensor, ...], dy: Tensor, run: Pass, out: Tensor | None) -> Tensor:
+        if "scale" in self.params:
+            scaled = run.workspace.take("linear.hidden", tuple(dy.shape), dy.dtype)
+            dy = torch.mul(dy, self.params["scale"], out=scaled)
+        return torch.mm(dy, weights[0], out=out)
+
+    def _times_weight(self, weights: tuple[Tensor, ...], basis: Tensor) -> Tensor:
+        return weights[0] @ basis
+
+
+Linear = DenseLinear | SubspaceLinear
+
+
+class LinearKinds(NamedTuple):
+    """Which classes a network is built of: for weights that are dense, and for those in factors."""
+
+    dense: type[DenseLinear] | type[AsiLinear] = DenseLinear
+    factored: type[WasiLinear] = WasiLinear
+
+    @classmethod
+    def of(cls, method: Method) -> LinearKinds:
+        """Those that `method` trains; of a network that is not trained so, the plain ones."""
+        dense = AsiLinear if method is Method.ASI else DenseLinear
+        return cls(dense, WsiLinear if method is Method.WSI else WasiLinear)
+
+
+PLAIN_KINDS = LinearKinds()
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:

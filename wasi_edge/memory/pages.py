@@ -23,6 +23,14 @@ def drop_pages(address: int, count: int) -> bool:
     return libc is not None and last > first and libc.madvise(first, last - first, _MADV_DONTNEED) == 0
 
 
+def can_drop_pages() -> bool:
+    """Whether dropped pages really leave: not so on other systems than Linux, or where memory is locked."""
+    with mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        page[0] = 1
+        address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+        return drop_pages(address, mmap.PAGESIZE) and page[0] == 0
+
+
 @cache
 def _libc() -> Any:
     """The C library with madvise declared, None where there is none (or it is not Linux's)."""

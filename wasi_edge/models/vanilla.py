@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from wasi_edge.models.geometry import ViTGeometry
 from wasi_edge.models.vit import resample_position
@@ -32,10 +33,15 @@ class VanillaBlock(nn.Module):
         self.scale1 = nn.Parameter(torch.ones(width)) if geometry.layer_scale else None
         self.scale2 = nn.Parameter(torch.ones(width)) if geometry.layer_scale else None
 
+    def heads_of(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, D) -> queries, keys and values (B, H, N, d)."""
+        batch, tokens, width = normed.shape
+        q, k, v = self.qkv(normed).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k, v = self.heads_of(self.norm1(x))
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
         branch = self.proj(mixed)
         x = x + (branch if self.scale1 is None else branch * self.scale1)
@@ -44,16 +50,28 @@ class VanillaBlock(nn.Module):
 
 
 class VanillaViT(nn.Module):
-    """(B, C, S, S) -> logits (B, classes), or features (B, F) through `features`."""
+    """(B, C, S, S) -> logits (B, classes), or features (B, F) through `features`.
 
-    def __init__(self, geometry: ViTGeometry, image_size: int, num_classes: int) -> None:
+    With `checkpointed`, blocks keep their input alone for the backward pass and run a second time there.
+    """
+
+    def __init__(
+        self,
+        geometry: ViTGeometry,
+        image_size: int,
+        num_classes: int,
+        new_block: Callable[[], VanillaBlock] | None = None,
+        checkpointed: bool = False,
+    ) -> None:
         super().__init__()
+        self.checkpointed = checkpointed
+        new_block = new_block or (lambda: VanillaBlock(geometry))
         self.geometry, self.image_size = geometry, image_size
         patch_inputs = geometry.channels * geometry.patch_size**2
         self.patch_embed = nn.Linear(patch_inputs, geometry.width)
         self.class_token = nn.Parameter(torch.zeros(geometry.width)) if geometry.class_token else None
         self.position = nn.Parameter(torch.zeros(geometry.tokens(image_size), geometry.width))
-        self.blocks = nn.ModuleList(VanillaBlock(geometry) for _ in range(geometry.depth))
+        self.blocks = nn.ModuleList(new_block() for _ in range(geometry.depth))
         self.norm = nn.LayerNorm(geometry.width, eps=geometry.norm_eps)
         self.head = nn.Linear(geometry.feature_width, num_classes)
 
@@ -69,7 +87,10 @@ class VanillaViT(nn.Module):
             first = 1
         x = x + self.position
         for block in self.blocks:
-            x = block(x)
+            if self.checkpointed and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         x = self.norm(x)
         parts = {"class": [x[:, 0]], "mean": [x[:, first:].mean(1)]}
         parts["class+mean"] = [x[:, 0], x[:, first:].mean(1)]
@@ -80,11 +101,17 @@ class VanillaViT(nn.Module):
 
 
 def build_vanilla(
-    geometry: ViTGeometry, read: Callable[[str], Tensor], image_size: int, num_classes: int
+    geometry: ViTGeometry,
+    read: Callable[[str], Tensor],
+    image_size: int,
+    num_classes: int,
+    new_block: Callable[[], VanillaBlock] | None = None,
+    checkpointed: bool = False,
 ) -> VanillaViT:
-    """A network with dense weights; `read(name)` gives a tensor by its artefact name. The head is left at zero."""
+    """A network with dense weights; `read(name)` gives a tensor by its artefact name, those that only blocks of
+    another kind have (`new_block`) included. The head is left at zero."""
     with torch.device("meta"):
-        model = VanillaViT(geometry, image_size, num_classes)
+        model = VanillaViT(geometry, image_size, num_classes, new_block, checkpointed)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

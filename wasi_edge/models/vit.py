@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from wasi_edge.keep import Keep
 from wasi_edge.layers.block import Block, SavedBlock
-from wasi_edge.layers.linear import DenseLinear, Linear, WasiLinear
+from wasi_edge.layers.linear import PLAIN_KINDS, DenseLinear, Linear, LinearKinds
 from wasi_edge.layers.norm import LayerNorm, SavedNorm
 from wasi_edge.layers.saving import Pass
 from wasi_edge.models.geometry import ViTGeometry
@@ -226,16 +226,17 @@ def build_vit(
     image_size: int,
     head: bool,
     blocks: range | None = None,
+    kinds: LinearKinds = PLAIN_KINDS,
 ) -> VisionTransformer:
     """A network of float32 parameters. `read(name)` gives a tensor by its artefact name; `ranks[linear]` is its
-    rank, None for a dense one; the position embedding is resampled to `image_size`. With `blocks`, a part of it:
-    the stem belongs to the first block."""
+    rank, None for a dense one, and `kinds` what it is built of; the position embedding is resampled to `image_size`.
+    With `blocks`, a part of it: the stem belongs to the first block."""
     blocks = range(geometry.depth) if blocks is None else blocks
     return VisionTransformer(
         geometry,
         image_size,
         build_stem(geometry, read, image_size) if blocks.start == 0 else None,
-        [build_block(geometry, index, ranks, read) for index in blocks],
+        [build_block(geometry, index, ranks, read, kinds) for index in blocks],
         LayerNorm(read("norm.weight"), read("norm.bias"), geometry.norm_eps),
         DenseLinear(read("head.weight"), read("head.bias")) if head else None,
     )
@@ -252,7 +253,11 @@ def build_stem(geometry: ViTGeometry, read: Callable[[str], Tensor], image_size:
 
 
 def build_block(
-    geometry: ViTGeometry, index: int, ranks: Mapping[str, int | None], read: Callable[[str], Tensor]
+    geometry: ViTGeometry,
+    index: int,
+    ranks: Mapping[str, int | None],
+    read: Callable[[str], Tensor],
+    kinds: LinearKinds = PLAIN_KINDS,
 ) -> Block:
     """Block `index` alone; arguments as for `build_vit`."""
     name = f"blocks.{index}"
@@ -261,8 +266,8 @@ def build_block(
         bias = read(f"{name}.{key}.bias")
         factor = read(f"{name}.{scale}") if scale is not None and geometry.layer_scale else None
         if ranks[f"{name}.{key}"] is None:
-            return DenseLinear(read(f"{name}.{key}.weight"), bias, factor)
-        return WasiLinear(read(f"{name}.{key}.left"), read(f"{name}.{key}.right"), bias, factor)
+            return kinds.dense(read(f"{name}.{key}.weight"), bias, factor)
+        return kinds.factored(read(f"{name}.{key}.left"), read(f"{name}.{key}.right"), bias, factor)
 
     def norm(key: str) -> LayerNorm:
         return LayerNorm(read(f"{name}.{key}.weight"), read(f"{name}.{key}.bias"), geometry.norm_eps)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from wasi_edge.keep import Keep, Rebuild
@@ -24,7 +25,8 @@ CACHED_VIEWS = 3
 RANK_ERRORS = {64: 0.25, 32: 0.36, 16: 0.49}
 COMPACT_ERROR, REBUILT_ERROR, HALF_WEIGHTS_ERROR = 0.0043, 0.0020, 0.0027
 # carried Gram matrices, bits of the factors: rounded factors have other Gram matrices than those carried
-_WEIGHTS = ((True, 32), (False, 32), (False, 16))
+_FACTORS = ((True, 32), (False, 32), (False, 16))
+_DENSE = ((False, 32),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,26 +87,33 @@ class Choices:
         return {key.name: getattr(self, key.name) for key in dataclasses.fields(Choices)}
 
 
-def wasi_tiers(
-    batch: int, gradient_rank: int, depth: int, blocks: int, fewest: int, views: int
-) -> Iterator[Iterator[Choices]]:
+# the ways of a tier with so many photos at once
+Ways = Callable[[Sequence[int]], Iterator[Choices]]
+
+
+def explicit_tiers(
+    batch: int, gradient_rank: int, depth: int, blocks: int, fewest: int, views: int, has_factors: bool = True
+) -> Iterator[Ways]:
     """Tiers of ways to train the last `blocks` of `depth` blocks or, where that does not fit, fewer down to `fewest`.
 
     `views`: augmented views of each photo whose pass through frozen blocks may be cached; 0 where the disk is too full.
     """
     lower = max(1, gradient_rank // 2)
-    yield _ways(batch, gradient_rank, blocks, views if blocks < depth else 0)
-    yield _ways(batch, lower, blocks, views if blocks < depth else 0)
+    all_views = views if blocks < depth else 0
+    yield partial(_ways, batch, gradient_rank, blocks, all_views, has_factors)
+    yield partial(_ways, batch, lower, blocks, all_views, has_factors)
     for fewer in range(blocks - 1, fewest - 1, -1):
-        yield _ways(batch, lower, fewer, views)
+        yield partial(_ways, batch, lower, fewer, views, has_factors)
 
 
-def _ways(batch: int, gradient_rank: int, blocks: int, views: int) -> Iterator[Choices]:
-    for size in MICRO_BATCHES:
+def _ways(
+    batch: int, gradient_rank: int, blocks: int, views: int, has_factors: bool, sizes: Sequence[int]
+) -> Iterator[Choices]:
+    for size in sizes:
         if size > batch:
             continue
         for cached in {0, views}:
-            for carried, bits in _WEIGHTS:
+            for carried, bits in _FACTORS if has_factors else _DENSE:
                 way = Choices(
                     micro_batch=size,
                     trained_blocks=blocks,

@@ -7,15 +7,14 @@ block and token is the table in `keep.py`; tests compare it with the engine. Wha
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 from wasi_edge.chunks import EVALUATION_BATCH, GELU_ROWS, HEAD_ROWS, NORM_ROWS, UPDATE_MATRICES
 from wasi_edge.keep import kept_bytes_per_token, rebuilt_bytes_per_token
-from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.method import Method
 from wasi_edge.planner.choices import Choices
+from wasi_edge.planner.workload import Workload
 
 FLOAT = 4
 # Rounding of every buffer to pages, Python objects, and what malloc loses between blocks.
@@ -24,73 +23,6 @@ HEAP_SLACK_SHARE = 0.03
 # What autograd's tape may take more where the heap serves it. Measured: nothing at micro-batch 16 (2,224 MB, 2,236
 # counted without gaps); under glibc's own rules it was as much again.
 HEAP_GAP_SHARE = 0.25
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is trained: the network's shape at one input size, and how.
-
-    ranks            rank of each linear, None where dense
-    method           'wasi', 'vanilla' or 'head'
-    """
-
-    geometry: ViTGeometry
-    image_size: int
-    ranks: Mapping[str, int | None]
-    num_classes: int
-    method: str
-    augment_photo_bytes: int
-
-    @cached_property
-    def tokens(self) -> int:
-        """N, tokens per photo."""
-        return self.geometry.tokens(self.image_size)
-
-    @cached_property
-    def linears(self) -> list[list[tuple[int, int, int]]]:
-        """(O, I, K) of the linears of each block, K 0 where dense."""
-        shapes = self.geometry.linear_shapes()
-        named = [(name, out, inner, self.ranks[name] or 0) for name, (out, inner) in shapes.items()]
-        return [
-            [(out, inner, rank) for name, out, inner, rank in named if name.startswith(f"blocks.{block}.")]
-            for block in range(self.geometry.depth)
-        ]
-
-    @cached_property
-    def largest_rank(self) -> int:
-        """The largest K."""
-        return max(rank for block in self.linears for _, _, rank in block)
-
-    @cached_property
-    def counts(self) -> Counts:
-        """Parameters by where they are."""
-        depth = self.geometry.depth
-        linears, others, stem, top = [0] * depth, [0] * depth, 0, 0
-        for name, shape in self.geometry.tensor_shapes(self.ranks, self.num_classes).items():
-            count = math.prod(shape)
-            if name.startswith("blocks."):
-                block = int(name.split(".")[1])
-                if len(shape) == 2:
-                    linears[block] += count
-                else:
-                    others[block] += count
-            elif name == "position":
-                stem += self.tokens * self.geometry.width
-            elif name.startswith(("patch_embed", "class_token")):
-                stem += count
-            else:
-                top += count
-        return Counts(tuple(linears), tuple(others), stem, top)
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Parameters: of each block's linears, of the rest of each block, before the blocks, after them."""
-
-    linears: tuple[int, ...]
-    others: tuple[int, ...]
-    stem: int
-    top: int
 
 
 @dataclass(frozen=True)
@@ -129,17 +61,20 @@ def update_state_bytes(load: Workload, choices: Choices) -> int:
     return subspace_bytes(load, choices) + (gram_bytes(load, choices) if choices.carried_grams else 0)
 
 
-def update_scratch_bytes(load: Workload) -> int:
-    """What the update of the linear at work needs beside its state: float64 (K, K) matrices, widened factors, and as
-    much again for the gaps that blocks of many sizes leave."""
-    matrices = UPDATE_MATRICES * load.largest_rank**2 * 2 * FLOAT
-    return 2 * (matrices + max((out + inner) * rank for block in load.linears for out, inner, rank in block) * FLOAT)
+def update_scratch_bytes(linears: Iterable[tuple[int, int, int]]) -> int:
+    """What the update of the linear at work needs beside its state, of those (O, I, K) that there are, K 0 where dense:
+    float64 (K, K) matrices, widened factors, and as much again for the gaps that blocks of many sizes leave."""
+    shapes = list(linears)
+    matrices = UPDATE_MATRICES * max((rank for _, _, rank in shapes), default=0) ** 2 * 2 * FLOAT
+    return 2 * (matrices + max(((out + inner) * rank for out, inner, rank in shapes), default=0) * FLOAT)
 
 
 def kept_bytes(load: Workload, choices: Choices) -> int:
     """What all trained blocks keep for each token, and what the one at work rebuilds."""
     geometry, keeps = load.geometry, choices.keeps()
-    shape = geometry.width, geometry.mlp_width, geometry.heads, choices.gradient_rank
+    # whole inputs are as many numbers as those compressed to their own width
+    rank = geometry.mlp_width if load.method is Method.WSI else choices.gradient_rank
+    shape = geometry.width, geometry.mlp_width, geometry.heads, rank
     kept = {keep: kept_bytes_per_token(keep, *shape) for keep in set(keeps)}
     rebuilt = (rebuilt_bytes_per_token(keep, *shape) for keep in set(keeps))
     return sum(kept[keep] for keep in keeps) + max(rebuilt, default=0)
@@ -149,8 +84,10 @@ def forward_bytes_per_token(load: Workload) -> int:
     """What a forward pass holds per token beside the weights, whether or not anything is kept."""
     d, m = load.geometry.width, load.geometry.mlp_width
     patches = load.geometry.channels * load.geometry.patch_size**2
+    # a dense weight has no hidden layer, but its output gradient times LayerScale
+    hidden = max(load.largest_rank, d if load.method is Method.ASI and load.geometry.layer_scale else 0)
     # hidden, qkv, (branch, middle, out, norm's and attention's output), inner, patches
-    return FLOAT * (load.largest_rank + 3 * d + 5 * d + m + patches)
+    return FLOAT * (hidden + 3 * d + 5 * d + m + patches)
 
 
 def shared_bytes_per_token(load: Workload) -> int:
@@ -187,18 +124,22 @@ def widened_bytes(load: Workload, weight_bits: int) -> int:
     return (left + right) * FLOAT
 
 
-def cached_bytes_per_photo(load: Workload) -> int:
+def token_bytes(tokens: int, width: int) -> int:
     """Disk for one view of a photo after the frozen blocks: float16 and a float32 scale per token."""
-    return load.tokens * (2 * load.geometry.width + 4)
+    return tokens * (2 * width + 4)
+
+
+def cached_bytes_per_photo(load: Workload) -> int:
+    """`token_bytes` of this workload."""
+    return token_bytes(load.tokens, load.geometry.width)
 
 
 def training_items(load: Workload, choices: Choices) -> list[Item]:
-    """Memory of a run of `wasi` beyond the base, item by item."""
+    """Memory of a run on the explicit engine (`wasi`, `wsi`, `asi`) beyond the base, item by item."""
     counts, micro_batch = load.counts, choices.micro_batch
     depth = load.geometry.depth
     first = depth - choices.trained_blocks
     held = slice(first if choices.cached_views else 0, depth)
-    linears = sum(counts.linears[held])
     others = sum(counts.others[held]) + counts.top + (0 if choices.cached_views else counts.stem)
     learning = sum(counts.others[first:]) + counts.top + (0 if first else counts.stem)
     # the patch embedding's gradient is made anew by each micro-batch and then added
@@ -207,14 +148,17 @@ def training_items(load: Workload, choices: Choices) -> list[Item]:
     at_work = tokens * shared_bytes_per_token(load) + scratch_bytes(load, micro_batch, choices.compact)
     at_work += widened_bytes(load, choices.weight_bits)
     kept = tokens * kept_bytes(load, choices)
-    updating = update_scratch_bytes(load)  # in the memory of the two, as far as it goes
+    updating = update_scratch_bytes(_trained_linears(load, choices))
+    if load.lends:  # it works in the memory of the two, as far as it goes
+        updating = max(0, updating - kept - at_work)
+    kind = "dense" if load.method is Method.ASI else "factors"
     items = [
-        Item(f"weights (factors, {choices.weight_bits} bits)", linears * choices.weight_bits // 8),
+        Item(f"weights ({kind}, {choices.weight_bits} bits)", _linear_bytes(load, choices, range(depth)[held])),
         Item("weights (norms, biases, embeddings, head)", others * FLOAT),
         Item("gradients (P, U, dense parameters)", subspace_bytes(load, choices) + (learning + made) * FLOAT),
         Item(
             "optimiser state (momentum, Gram matrices, moments)",
-            update_state_bytes(load, choices) + learning * 2 * FLOAT + max(0, updating - kept - at_work),
+            update_state_bytes(load, choices) + learning * 2 * FLOAT + updating,
         ),
         Item("kept for the backward pass", kept),
         Item("buffers of the layer at work", at_work),
@@ -229,7 +173,10 @@ def frozen_items(load: Workload, choices: Choices) -> list[Item]:
     frozen = slice(0, load.geometry.depth - choices.trained_blocks)
     others = sum(counts.others[frozen]) + counts.stem
     items = [
-        Item("weights of the frozen blocks", sum(counts.linears[frozen]) * choices.weight_bits // 8 + others * FLOAT),
+        Item(
+            "weights of the frozen blocks",
+            _linear_bytes(load, choices, range(load.geometry.depth)[frozen]) + others * FLOAT,
+        ),
         Item(
             "buffers of the layer at work",
             micro_batch * (load.tokens * forward_bytes_per_token(load) + cached_bytes_per_photo(load))
@@ -263,6 +210,29 @@ def vanilla_items(load: Workload, choices: Choices) -> list[Item]:
     return _with_slack(items)
 
 
+def lora_items(load: Workload, choices: Choices) -> list[Item]:
+    """Memory of a run of `lora` beyond the base: dense weights, and autograd's tape, in which the inputs of weights
+    that stay are missing and all else is as large as ever."""
+    geometry = load.geometry
+    d, m, heads, rank = geometry.width, geometry.mlp_width, geometry.heads, load.lora_rank
+    linears, others = weight_counts(load)
+    learning = geometry.depth * 4 * d * rank + load.num_classes * (geometry.feature_width + 1)
+    # two norms with their inputs, norm1's output, qkv with queries and values made anew, attention, GELU's input
+    per_block = 2 * (d + 2) + d + 5 * d + d + heads + m + 2 * rank + d
+    tokens = choices.micro_batch * load.tokens
+    kept = tokens * per_block * geometry.depth * FLOAT
+    at_work = tokens * (2 * m + 6 * d) * FLOAT
+    items = [
+        Item("weights (dense)", (linears + others) * FLOAT),
+        Item("updates, their gradients and moments, one weight with its update", (4 * learning + 3 * d * d) * FLOAT),
+        Item("kept for the backward pass", kept),
+        Item("tensors of the layer at work", at_work),
+        Item("gaps in the heap", int(HEAP_GAP_SHARE * (kept + at_work)) if choices.reused_heap else 0),
+        _photos(load, choices.micro_batch),
+    ]
+    return _with_slack(items)
+
+
 def head_items(load: Workload, choices: Choices, num_photos: int) -> list[Item]:
     """Memory beyond the base while the closed-form head is fitted: weights, one forward pass, and the features'
     statistics; of what training needs later, what exists by then."""
@@ -272,9 +242,10 @@ def head_items(load: Workload, choices: Choices, num_photos: int) -> list[Item]:
     others = sum(counts.others[held]) + counts.top + (0 if choices.cached_views else counts.stem)
     buffers = micro_batch * load.tokens * forward_bytes_per_token(load) + widened_bytes(load, choices.weight_bits)
     items = [
-        Item("weights", sum(counts.linears[held]) * choices.weight_bits // 8 + others * FLOAT),
+        Item("weights", _linear_bytes(load, choices, range(depth)[held]) + others * FLOAT),
         Item("buffers of the layer at work", buffers),
         Item("Gram matrices of the factors, if carried", gram_bytes(load, choices) if choices.carried_grams else 0),
+        Item("bases of the gradients", _basis_bytes(load, choices)),
         Item("features and the closed-form fit", head_fit_bytes(load, num_photos)),
         _photos(load, micro_batch),
     ]
@@ -286,6 +257,39 @@ def head_fit_bytes(load: Workload, num_photos: int) -> int:
     width = load.geometry.feature_width
     kept = num_photos * (width * FLOAT + load.num_classes * 12 * 8)
     return kept + HEAD_ROWS * width * 3 * 8 + 3 * width * width * 8
+
+
+def loading_items(load: Workload, choices: Choices) -> list[Item]:
+    """Memory beyond the base while weights are read, where some have to be truncated first: all of the others, and one
+    dense weight (O, I) with the float64 copies and Gram matrices that its factorisation takes."""
+    counts, depth = load.counts, load.geometry.depth
+    first = depth - choices.trained_blocks
+    shapes = [(out, inner) for block, out, inner in load.truncated if block >= first]
+    if not shapes:
+        return []
+    largest = max(FLOAT * out * inner + 8 * (2 * out * inner + 6 * min(out, inner) ** 2) for out, inner in shapes)
+    held = range(first if choices.cached_views else 0, depth)
+    others = sum(counts.others[block] for block in held) + counts.top + (0 if choices.cached_views else counts.stem)
+    items = [
+        Item("weights", _linear_bytes(load, choices, held) + others * FLOAT),
+        Item("one dense weight while it is factored", largest),
+    ]
+    return _with_slack(items)
+
+
+def _linear_bytes(load: Workload, choices: Choices, blocks: range) -> int:
+    """The weights of the linears in `blocks`. Frozen ones stay as they are stored: those that are dense in float32."""
+    first = load.geometry.depth - choices.trained_blocks
+    count = 0
+    for block in blocks:
+        dense, factored = (load.stored_counts if block < first else load.trained_counts)[block]
+        count += dense * FLOAT + factored * choices.weight_bits // 8
+    return count
+
+
+def _basis_bytes(load: Workload, choices: Choices) -> int:
+    """U (I, r) of every trained linear: there from the start."""
+    return sum(inner * min(choices.gradient_rank, inner) * FLOAT for _, inner, _ in _trained_linears(load, choices))
 
 
 def _photos(load: Workload, micro_batch: int) -> Item:

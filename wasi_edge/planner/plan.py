@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from wasi_edge.chunks import EVALUATION_BATCH
 from wasi_edge.errors import BudgetInfeasible
-from wasi_edge.planner.choices import MICRO_BATCHES, Choices, wasi_tiers
+from wasi_edge.method import Method
+from wasi_edge.planner.choices import MICRO_BATCHES, Choices, Ways, explicit_tiers
 from wasi_edge.planner.memory import (
     Item,
-    Workload,
     frozen_items,
     head_items,
     largest_linear_bytes,
+    loading_items,
+    lora_items,
     total,
     training_items,
     vanilla_items,
 )
+from wasi_edge.planner.workload import Workload
 from wasi_edge.units import format_size
 
 # Ratios fitted to `benchmarks/plan_costs.py` (ViT-S/14, 168 px, two cores): what each level of rebuilding adds to the
@@ -46,6 +50,9 @@ FAULT_COST = 1.75
 _PROBED_PHOTOS, _PROBED_TOKENS = 4, 145
 # More than the smallest plan that a refusal asks for: the next run will not measure the same base to the page.
 NAMED_MARGIN_BYTES = 4 * 2**20
+# what a plan begins with: the base, or all there is where nothing later is as large
+STEADY_ITEM = "interpreter and libraries (measured)"
+START_ITEM = "measuring and importing the libraries, or converting the model"
 # share of the time, or of the memory, below which another budget is not worth mentioning
 NOTICEABLE = 0.03
 
@@ -136,6 +143,10 @@ class Plan(Choices):
         }
 
 
+# the plans of a tier with so many photos at once
+Tier = Callable[[Sequence[int]], list[Plan]]
+
+
 def choose_plan(load: Workload, work: Work, base: Base, budget_bytes: int, speed: Speed) -> Plan:
     """The fastest plan of the first tier that has one within the budget.
 
@@ -143,13 +154,16 @@ def choose_plan(load: Workload, work: Work, base: Base, budget_bytes: int, speed
     """
     leanest: Plan | None = None
     tiers = plan_tiers(load, work, base, speed)
-    for plans in tiers:
-        fitting = [plan for plan in plans if plan.peak_bytes <= budget_bytes]
-        if fitting:
-            chosen = _fastest(fitting)
-            others = tuple(_neighbours(plans, next(tiers, []), leanest, chosen))
-            return dataclasses.replace(chosen, others=others)
-        leanest = min([*plans, *([leanest] if leanest else [])], key=lambda plan: plan.peak_bytes)
+    for tier in tiers:
+        # one photo at a time is the least that any plan of the tier takes
+        lean = tier(MICRO_BATCHES[-1:])
+        if any(plan.peak_bytes <= budget_bytes for plan in lean):
+            plans = tier(MICRO_BATCHES)
+            chosen = _fastest(plan for plan in plans if plan.peak_bytes <= budget_bytes)
+            next_tier = next(tiers, None)
+            others = _neighbours(plans, next_tier(MICRO_BATCHES) if next_tier else [], leanest, chosen)
+            return dataclasses.replace(chosen, others=tuple(others))
+        leanest = min([*lean, *([leanest] if leanest else [])], key=lambda plan: plan.peak_bytes)
     assert leanest is not None
     smallest = math.ceil((leanest.peak_bytes + NAMED_MARGIN_BYTES) / 2**20) * 2**20
     raise BudgetInfeasible(
@@ -178,49 +192,69 @@ def _neighbours(plans: list[Plan], next_tier: list[Plan], leanest: Plan | None, 
         yield min(larger, key=lambda plan: (plan.peak_bytes, plan.seconds))
 
 
-def plan_tiers(load: Workload, work: Work, base: Base, speed: Speed) -> Iterator[list[Plan]]:
-    """Every way to run this, with its predicted peak and time; a tier is worked out when it is asked for."""
-    depth, num_photos = load.geometry.depth, work.num_train + work.num_val
-    if load.method == "wasi":
-        views = min(work.cached_views, work.epochs)
-        for ways in wasi_tiers(work.batch, work.gradient_rank, depth, work.blocks, work.fewest_blocks, views):
-            plans = []
-            heads: dict[tuple[int, int, bool, int], list[Item]] = {}
-            for choices in ways:
-                key = choices.micro_batch, choices.weight_bits, choices.carried_grams, choices.cached_views
-                if key not in heads:
-                    heads[key] = head_items(load, choices, num_photos)
-                phases = [training_items(load, choices), heads[key]]
-                if choices.cached_views:
-                    phases.append(frozen_items(load, choices))
-                plans.append(_plan(load, work, base, speed, choices, phases))
-            yield plans
+def plan_tiers(load: Workload, work: Work, base: Base, speed: Speed) -> Iterator[Tier]:
+    """Every way to run this, with its predicted peak and time, worked out for the micro-batches that are asked for."""
+    if not load.method.is_explicit:
+        yield partial(_plans_of_one_tier, load, work, base, speed)
         return
+    views = min(work.cached_views, work.epochs)
+    for ways in explicit_tiers(
+        work.batch,
+        work.gradient_rank,
+        load.geometry.depth,
+        work.blocks,
+        work.fewest_blocks,
+        views,
+        load.method.has_factors,
+    ):
+        yield partial(_explicit_plans, load, work, base, speed, ways)
+
+
+def _explicit_plans(
+    load: Workload, work: Work, base: Base, speed: Speed, ways: Ways, sizes: Sequence[int]
+) -> list[Plan]:
     plans = []
-    for size in MICRO_BATCHES:
-        if load.method == "head" and size <= EVALUATION_BATCH:
+    heads: dict[tuple[int, int, bool, int], list[Item]] = {}
+    for choices in ways(sizes):
+        key = choices.micro_batch, choices.weight_bits, choices.carried_grams, choices.cached_views
+        if key not in heads:
+            heads[key] = head_items(load, choices, work.num_train + work.num_val)
+        phases = [training_items(load, choices), heads[key], *filter(None, [loading_items(load, choices)])]
+        if choices.cached_views:
+            phases.append(frozen_items(load, choices))
+        plans.append(_plan(load, work, base, speed, choices, phases))
+    return plans
+
+
+def _plans_of_one_tier(load: Workload, work: Work, base: Base, speed: Speed, sizes: Sequence[int]) -> list[Plan]:
+    """Of `vanilla`, `lora` and `head`."""
+    depth, num_photos = load.geometry.depth, work.num_train + work.num_val
+    plans = []
+    for size in sizes:
+        if load.method is Method.HEAD and size <= EVALUATION_BATCH:
             for bits in (32, 16) if all(load.ranks.values()) else (32,):
                 choices = Choices(
                     micro_batch=size, trained_blocks=0, gradient_rank=0, carried_grams=False, weight_bits=bits
                 )
                 plans.append(_plan(load, work, base, speed, choices, [head_items(load, choices, num_photos)]))
-        elif load.method == "vanilla" and size <= work.batch:
+        elif load.method is not Method.HEAD and size <= work.batch:
             for reused in (True, False):
                 choices = Choices(micro_batch=size, trained_blocks=depth, gradient_rank=0, reused_heap=reused)
-                phases = [vanilla_items(load, choices), head_items(load, choices, num_photos)]
+                training = (lora_items if load.method is Method.LORA else vanilla_items)(load, choices)
+                phases = [training, head_items(load, choices, num_photos)]
                 plans.append(_plan(load, work, base, speed, choices, phases))
-    yield plans
+    return plans
 
 
 def _plan(load: Workload, work: Work, base: Base, speed: Speed, choices: Choices, phases: list[list[Item]]) -> Plan:
     items = max(phases, key=total)
-    if load.method != "head" and load.ranks and any(rank is None for rank in load.ranks.values()):
-        # multiplying factors out, or truncating a dense layer, holds one dense weight twice
+    if load.method is not Method.HEAD and load.ranks and any(rank is None for rank in load.ranks.values()):
+        # multiplying factors out holds one dense weight twice
         items = [*items, Item("one dense weight while loading", largest_linear_bytes(load))]
-    items = [Item("interpreter and libraries (measured)", base.steady), *items]
+    items = [Item(STEADY_ITEM, base.steady), *items]
     if total(items) < base.start:
-        items = [Item("measuring and importing the libraries, or converting the model", base.start)]
-    is_head = load.method == "head"
+        items = [Item(START_ITEM, base.start)]
+    is_head = load.method is Method.HEAD
     return Plan(
         **choices.choices(),
         method=load.method,
@@ -240,11 +274,11 @@ def _seconds(load: Workload, work: Work, speed: Speed, choices: Choices) -> floa
     # of a photo, relative to the probe's
     evaluated = min(choices.micro_batch, EVALUATION_BATCH)
     passing = speed.infer_seconds * _overhead(evaluated, widening)
-    trained = choices.trained_blocks / depth if load.method != "head" else 0.0
+    trained = choices.trained_blocks / depth if load.method is not Method.HEAD else 0.0
     # the frozen blocks run once for the centre view of each photo, and for its augmented views once or every epoch
     photos = work.num_train + work.num_val
     seconds = photos * (speed.decode_seconds + passing)
-    if load.method == "head":
+    if load.method is Method.HEAD:
         return seconds
     frozen_passes = choices.cached_views or work.epochs
     seconds += work.num_train * frozen_passes * passing * (1 - trained)

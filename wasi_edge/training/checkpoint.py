@@ -45,10 +45,13 @@ class Checkpoint:
 
 
 def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Tensor], progress: dict[str, Any]) -> Path:
-    """Write checkpoint `step` below `root` and drop all but the newest two.
+    """Write checkpoint `step` below `root` and drop all but the newest two. One of this step that verifies stays.
 
     Raises WasiEdgeError where the disk is full; the older checkpoints are then still there.
     """
+    folder = root / f"step-{step:08d}"
+    if (stored := _verified(folder)) is not None and stored.progress == progress:
+        return folder
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
@@ -58,7 +61,6 @@ def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Tensor], progre
             f"a checkpoint needs {format_size(2 * needed + _SPARE_DISK_BYTES)} of free disk, {root} has "
             f"{format_size(free)}: free some space and go on with --resume"
         )
-    folder = root / f"step-{step:08d}"
     # a checkpoint of this step from before a crash: its manifest must not vouch for the new tensors
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -76,12 +78,8 @@ def latest_checkpoint(root: Path) -> Checkpoint | None:
     """The newest checkpoint below `root` whose hash agrees, None if there is none."""
     for folder in sorted(root.glob("step-*"), reverse=True):
         sweep_orphans(folder)
-        try:
-            manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-            if manifest["sha256"] == _sha256(folder / _STATE):
-                return Checkpoint(folder, int(manifest["step"]), manifest["progress"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+        if (checkpoint := _verified(folder)) is not None:
+            return checkpoint
     return None
 
 
@@ -89,6 +87,17 @@ def drop_checkpoints(root: Path) -> None:
     """Remove every checkpoint below `root`: the run is complete."""
     for folder in root.glob("step-*"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _verified(folder: Path) -> Checkpoint | None:
+    """The checkpoint in `folder`, None where its manifest is missing or its hash does not agree."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["sha256"] == _sha256(folder / _STATE):
+            return Checkpoint(folder, int(manifest["step"]), manifest["progress"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
 
 
 def _sha256(path: Path) -> str:

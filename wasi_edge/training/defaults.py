@@ -9,11 +9,12 @@ WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 LABEL_SMOOTHING = 0.1
 # Learning rates of norms, biases and embeddings, and of the classifier, relative to that of the weights.
-DENSE_RATE = {"wasi": 0.25, "vanilla": 1.0, "head": 0.0}
-HEAD_RATE = {"wasi": 1.0, "vanilla": 1.0, "head": 0.0}
+DENSE_RATE = {"wasi": 0.25, "wsi": 0.25, "asi": 0.25, "vanilla": 1.0, "lora": 0.0, "head": 0.0}
+HEAD_RATE = {"wasi": 1.0, "wsi": 1.0, "asi": 1.0, "vanilla": 1.0, "lora": 1.0, "head": 0.0}
+LORA_RANK = 16
 
-_EPOCHS = {"wasi": 6, "vanilla": 6, "head": 0}
-_LEARNING_RATE = {"wasi": 4e-5, "vanilla": 5e-5, "head": 0.0}
+_EPOCHS = {"wasi": 6, "wsi": 6, "asi": 6, "vanilla": 6, "lora": 6, "head": 0}
+_LEARNING_RATE = {"wasi": 4e-5, "wsi": 4e-5, "asi": 4e-5, "vanilla": 5e-5, "lora": 5e-4, "head": 0.0}
 
 
 def epochs(method: str) -> int:

@@ -1,16 +1,17 @@
-"""How a low-rank weight learns: orthogonalised momentum in the gradient's subspace, then one exact WSI step.
+"""How a weight learns from a small gradient: orthogonalised momentum in its subspace, then one exact WSI step.
 
-The gradient of W = L R arrives as P U^T, P (O, r), U (I, r) orthonormal. The rule:
+The gradient of W arrives as P U^T, P (O, r), U (I, r) orthonormal. The rule:
 
     M <- beta M U_old^T U + (1 - beta) P            momentum, carried to the step's new basis (a projection)
     D  = M (M^T M)^(-1/2)                           its polar factor: every direction of the subspace counts the same
     W <- truncate_K( W - eta D U^T ),               eta = learning_rate * ||W||_F
 
-The last line is the WSI step of `subspace/weight.py`. The paper uses plain SGD in its place, which does not learn on a
-real pretrained network: raw gradient norms differ a hundredfold between layers and photos, and one clip threshold lets
-a few layers decide. The polar factor is steepest descent under the spectral norm (as in Muon, Jordan et al. 2024, where
-an iteration over the dense (O, I) momentum approximates it; here r is small enough to do it exactly on (r, r)). It
-needs no second moments: the state is M, the old U and the Gram matrices, a fifth of what AdamW on the factors holds.
+The last line is the WSI step of `subspace/weight.py` where W = L R is in factors; a dense W (`asi`) is not truncated.
+The paper uses plain SGD in its place, which does not learn on a real pretrained network: raw gradient norms differ a
+hundredfold between layers and photos, and one clip threshold lets a few layers decide. The polar factor is steepest
+descent under the spectral norm (as in Muon, Jordan et al. 2024, where an iteration over the dense (O, I) momentum
+approximates it; here r is small enough to do it exactly on (r, r)). It needs no second moments: the state is M, the
+old U and the Gram matrices, a fifth of what AdamW on the factors holds.
 `eta` is relative to the layer's own size, so that one learning rate fits all layers.
 """
 
@@ -21,8 +22,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from wasi_edge.chunks import ROUNDING_ROWS, UPDATE_MATRICES
-from wasi_edge.layers.linear import WasiLinear
+from wasi_edge.chunks import ROUNDING_ROWS
+from wasi_edge.layers.linear import AsiLinear, SubspaceLinear, WasiLinear
+from wasi_edge.planner.memory import update_scratch_bytes
 from wasi_edge.subspace.weight import (
     MAX_CONDITION,
     WeightFactors,
@@ -43,7 +45,7 @@ _DROPPED_BITS = 13
 
 
 class FactorUpdate:
-    """The state of all low-rank linears: momentum, its basis, and the Gram matrices of the factors.
+    """The state of all linears that learn so: momentum, its basis, and the Gram matrices of factors.
 
     `carry_grams` False rebuilds the Gram matrices at every step instead of holding them: less memory, more time.
     Factors in float16 are widened for their update and rounded stochastically, keyed by (seed, step, linear), so that
@@ -51,7 +53,7 @@ class FactorUpdate:
     """
 
     def __init__(
-        self, linears: Mapping[str, WasiLinear], weight_decay: float, carry_grams: bool = True, seed: int = 0
+        self, linears: Mapping[str, SubspaceLinear], weight_decay: float, carry_grams: bool = True, seed: int = 0
     ) -> None:
         self._linears = dict(linears)
         self._number = {name: index for index, name in enumerate(self._linears)}
@@ -61,36 +63,48 @@ class FactorUpdate:
         self._momentum: dict[str, Tensor] = {}
         self._basis: dict[str, Tensor] = {}
         for name, linear in self._linears.items():
-            factors = self._wide_factors(name)
-            self._orthonormalise(name, factors)
-            self._put_back(linear, factors, name, step=0)
+            if isinstance(linear, WasiLinear):
+                factors = self._wide_factors(name, linear)
+                self._orthonormalise(name, linear, factors)
+                self._put_back(linear, factors, name, step=0)
 
     def update(self, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
         """One step of linear `name` with P (O, r), which stays as it is. `step` counts from 1."""
-        basis = self._linears[name].basis
+        linear = self._linears[name]
+        basis = linear.basis
         assert basis is not None
+        direction = polar_factor(self._add_to_momentum(name, projected, basis))
+        if isinstance(linear, AsiLinear):
+            weight = linear.params["weight"]
+            rate = learning_rate * float(torch.linalg.vector_norm(weight))
+            weight.addmm_(direction, basis.t(), beta=1 - rate * self._weight_decay, alpha=-rate)
+            return
+        assert isinstance(linear, WasiLinear)
+        factors = self._wide_factors(name, linear)
+        # ||L R||_F
+        size = float(torch.dot(factors.left_gram.reshape(-1), factors.right_gram.reshape(-1)).clamp_min(0).sqrt())
+        condition = update_weight(factors, direction, basis, learning_rate * size, self._weight_decay)
+        if step % ORTHONORMALISE_EVERY == 0 or not condition <= MAX_CONDITION:
+            self._orthonormalise(name, linear, factors)
+        elif name in self._packed_grams:
+            pack_grams(factors.left_gram, factors.right_gram, out=self._packed_grams[name])
+        self._put_back(linear, factors, name, step)
+
+    def _add_to_momentum(self, name: str, projected: Tensor, basis: Tensor) -> Tensor:
+        """M (O, r) in this step's basis, with P in it."""
         if name in self._momentum:
             carried = momentum_to_new_basis(self._momentum[name], self._basis[name], basis)
             torch.lerp(carried, projected, 1 - MOMENTUM, out=self._momentum[name])
         else:
             self._momentum[name] = projected * (1 - MOMENTUM)
-        momentum, self._basis[name] = self._momentum[name], basis
-        factors = self._wide_factors(name)
-        # ||L R||_F
-        size = float(torch.dot(factors.left_gram.reshape(-1), factors.right_gram.reshape(-1)).clamp_min(0).sqrt())
-        condition = update_weight(factors, polar_factor(momentum), basis, learning_rate * size, self._weight_decay)
-        if step % ORTHONORMALISE_EVERY == 0 or not condition <= MAX_CONDITION:
-            self._orthonormalise(name, factors)
-        elif name in self._packed_grams:
-            pack_grams(factors.left_gram, factors.right_gram, out=self._packed_grams[name])
-        self._put_back(self._linears[name], factors, name, step)
+        self._basis[name] = basis
+        return self._momentum[name]
 
     @property
     def scratch_bytes(self) -> int:
         """About what an update takes beside its state, gaps between blocks of many sizes included."""
-        shapes = [(*linear.shape, linear.params["left"].shape[1]) for linear in self._linears.values()]
-        matrices = max(rank**2 for _, _, rank in shapes) * UPDATE_MATRICES * 8
-        return 2 * (matrices + max((out + inner) * rank for out, inner, rank in shapes) * 4)
+        factored = (linear for linear in self._linears.values() if isinstance(linear, WasiLinear))
+        return update_scratch_bytes((*linear.shape, linear.params["left"].shape[1]) for linear in factored)
 
     def state(self) -> dict[str, Tensor]:
         """Momentum, basis and packed Gram matrices as `<kind>.<linear>`."""
@@ -114,32 +128,33 @@ class FactorUpdate:
         self._momentum.clear()
         self._basis.clear()
 
-    def _wide_factors(self, name: str) -> WeightFactors:
+    def _wide_factors(self, name: str, linear: WasiLinear) -> WeightFactors:
         """The layer's own tensors, or widened copies of them, with their Gram matrices, carried or rebuilt."""
-        params, packed = self._linears[name].params, self._packed_grams.get(name)
-        left, right = (_widened(params[key]) for key in ("left", "right"))
+        packed = self._packed_grams.get(name)
+        left, right = (_widened(linear.params[key]) for key in ("left", "right"))
         if packed is None:
             return weight_factors(left, right)
         return WeightFactors(left, right, *unpack_grams(packed))
 
-    def _orthonormalise(self, name: str, factors: WeightFactors) -> None:
+    def _orthonormalise(self, name: str, linear: WasiLinear, factors: WeightFactors) -> None:
         """Rotate the pair of `name` to orthonormal L and diagonal R R^T, in place."""
         pair = make_orthonormal(factors.left, factors.right)
-        if self._carry_grams and not self._is_rounded(name):
+        if self._carry_grams and not _is_rounded(linear):
             packed = self._packed_grams.get(name)
             self._packed_grams[name] = pack_grams(pair.left_gram, pair.right_gram, out=packed)
 
     def _put_back(self, linear: WasiLinear, factors: WeightFactors, name: str, step: int) -> None:
         """Round widened factors into the layer's tensors."""
-        if not self._is_rounded(name):
+        if not _is_rounded(linear):
             return
         key = (self._seed * 1_000_003 + step) * len(self._number) + self._number[name]
         generator = torch.Generator().manual_seed(key & (2**63 - 1))
         stochastic_round(factors.left, linear.params["left"], generator)
         stochastic_round(factors.right, linear.params["right"], generator)
 
-    def _is_rounded(self, name: str) -> bool:
-        return self._linears[name].params["left"].dtype is torch.float16
+
+def _is_rounded(linear: WasiLinear) -> bool:
+    return linear.params["left"].dtype is torch.float16
 
 
 def _widened(factor: Tensor) -> Tensor:

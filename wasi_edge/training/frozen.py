@@ -25,6 +25,7 @@ from torch import Tensor
 from wasi_edge.errors import WasiEdgeError
 from wasi_edge.layers.saving import Pass
 from wasi_edge.models.vit import VisionTransformer
+from wasi_edge.planner.memory import token_bytes
 from wasi_edge.tensorfile import write_json_atomic
 from wasi_edge.training.photos import PhotoSet
 from wasi_edge.training.resume import read_json
@@ -41,7 +42,7 @@ class TokenFile:
 
     @property
     def _record_bytes(self) -> int:
-        return self._tokens * (4 + 2 * self._width)
+        return token_bytes(self._tokens, self._width)
 
     def write(self, view: int, first: int, values: Tensor) -> None:
         """Values (B, N, D) float32 of the photos from `first` on. Raises WasiEdgeError where the disk is full."""
@@ -124,7 +125,7 @@ def cache_tokens(
     """Both sides with their tokens of `shape` (N, D); those that an earlier attempt completed are taken as they are.
 
     `identity` names everything that decides the tokens: photos, their order, the weights. `advance(done)` is called
-    with the photos and views finished; it may raise to stop. After each augmented view `is_enough` may end it early.
+    with the photos and views finished; it may raise to stop. Once there is one augmented view `is_enough` may end it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     train_file = TokenFile(folder / "train.bin", len(train), *shape)
@@ -155,9 +156,9 @@ def _fill(
     """Run every side and view through the frozen blocks; returns how many augmented views there are."""
     run, done, views = Pass(), 0, 0
     for side, file, view in passes:
-        if views and is_enough():
-            break
         for first in range(0, len(side), side.batch):
+            if views and is_enough():
+                return views
             chosen = range(first, min(first + side.batch, len(side)))
             inputs = side.inputs(chosen) if view == 0 else side.augmented(chosen, seed, view)
             file.write(view, first, frozen.last_tokens(inputs, run))

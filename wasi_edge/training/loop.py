@@ -47,6 +47,10 @@ class Progress:
     micro_batch: int | None = None
     degraded: list[dict[str, int]] = field(default_factory=list)
 
+    def photos_seen(self, num_train: int, batch: int) -> int:
+        """Photos trained on so far, those of earlier epochs again; the last batch of an epoch may be a smaller one."""
+        return (self.epoch - 1) * num_train + min(self.epoch_step * batch, num_train)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; infinity becomes None."""
         values = dataclasses.asdict(self)
@@ -62,7 +66,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long and in what portions. `patience`: epochs without a better validation before stopping early."""
+    """How long and in what portions. `patience`: epochs without a better validation before stopping early;
+    `closing_photos`: photos that are looked at once more when training is over."""
 
     epochs: int
     batch: int
@@ -70,6 +75,7 @@ class LoopSettings:
     seed: int
     patience: int
     max_seconds: float | None
+    closing_photos: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,15 +107,22 @@ class Validation:
     logits: Tensor
 
 
-def validate(trainer: Trainer, photos: PhotoSet, events: Events | None = None, name: str = "validating") -> Validation:
-    """Logits of every photo, in order."""
+def validate(
+    trainer: Trainer,
+    photos: PhotoSet,
+    events: Events | None = None,
+    name: str = "validating",
+    most_at_once: int | None = None,
+) -> Validation:
+    """Logits of every photo, in order, `photos.batch` or at most so many at once."""
+    batch = min(photos.batch, most_at_once or photos.batch)
     if len(photos) == 0:
         return Validation(None, None, torch.zeros(0, 0))
     if events is not None:
         events.stage(name, len(photos))
     parts = []
-    for first in range(0, len(photos), photos.batch):
-        chosen = range(first, min(first + photos.batch, len(photos)))
+    for first in range(0, len(photos), batch):
+        chosen = range(first, min(first + batch, len(photos)))
         parts.append(trainer.logits(photos.inputs(chosen)).clone())
         if events is not None:
             events.advance(chosen[-1] + 1)
@@ -133,6 +146,9 @@ def train(
     total_steps = steps * settings.epochs
     while progress.epoch <= settings.epochs:
         epoch = progress.epoch
+        # asked for before an epoch begins, so that a run resumed just here stops where it would have stopped
+        if len(held_out) and progress.epoch_step == 0 and epoch - 1 - progress.best_epoch >= settings.patience:
+            return "early_stopped"
         order = epoch_order(len(photos), settings.seed, epoch)
         events.stage(f"epoch {epoch} of {settings.epochs}", len(photos))
         for index in range(progress.epoch_step, steps):
@@ -147,7 +163,7 @@ def train(
             events.advance(min((index + 1) * settings.batch, len(photos)), f"loss {loss:.3f}")
             if progress.epoch_step < steps:
                 hooks.on_step(progress)
-                if _out_of_time(settings, hooks, progress, held_out):
+                if _out_of_time(settings, hooks, progress, len(photos), len(held_out)):
                     _end_epoch(trainer, held_out, progress, settings, events, hooks, (index + 1) / steps)
                     return "time_limit"
         _end_epoch(trainer, held_out, progress, settings, events, hooks, 1.0)
@@ -158,10 +174,8 @@ def train(
             break
         if hooks.stop_wanted():
             return "interrupted"
-        if _out_of_time(settings, hooks, progress, held_out):
+        if _out_of_time(settings, hooks, progress, len(photos), len(held_out)):
             return "time_limit"
-        if len(held_out) and epoch - progress.best_epoch >= settings.patience:
-            return "early_stopped"
     return "completed"
 
 
@@ -209,13 +223,14 @@ def _step(
     return True
 
 
-def _out_of_time(settings: LoopSettings, hooks: Hooks, progress: Progress, held_out: PhotoSet) -> bool:
+def _out_of_time(settings: LoopSettings, hooks: Hooks, progress: Progress, num_train: int, num_val: int) -> bool:
     """Whether another step, the validation and the closing passes would no longer fit `max_seconds`."""
     if settings.max_seconds is None:
         return False
-    per_photo = progress.train_seconds / max(1, progress.step * settings.batch)
+    per_photo = progress.train_seconds / max(1, progress.photos_seen(num_train, settings.batch))
     # a forward pass is about a third of a training pass; the end of a run looks at the held-out photos twice
-    closing = per_photo * (settings.batch + 0.4 * 2 * len(held_out)) + 2.0
+    passes = 2 * num_val + min(settings.closing_photos, num_train)
+    closing = per_photo * (settings.batch + 0.4 * passes) + 2.0
     return hooks.elapsed() + closing >= settings.max_seconds
 
 
@@ -247,7 +262,8 @@ def _end_epoch(
     share: float,
 ) -> None:
     """Validate, note the history, keep the model if it is the best so far."""
-    result = validate(trainer, held_out, events)
+    # buffers that a smaller micro-batch gave back are not to come back for a validation
+    result = validate(trainer, held_out, events, most_at_once=progress.micro_batch)
     entry = note_epoch(progress, round(progress.epoch - 1 + share, 3), result, hooks.elapsed(), hooks.peak_bytes())
     if result.accuracy is None or result.loss is None:
         better = True  # nothing to choose by: the last one counts

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,17 +20,20 @@ from wasi_edge.conversion.sources import open_source
 from wasi_edge.data.folder import PhotoFolder, scan_folder
 from wasi_edge.errors import UnreadablePhoto, UsageError
 from wasi_edge.memory.malloc import settle_threads
+from wasi_edge.memory.pages import can_drop_pages
 from wasi_edge.memory.process import read_memory
+from wasi_edge.method import Method
 from wasi_edge.models.geometry import ViTGeometry
 from wasi_edge.models.locate import resolve_model
 from wasi_edge.planner.choices import CACHED_VIEWS
-from wasi_edge.planner.memory import Workload, cached_bytes_per_photo
+from wasi_edge.planner.memory import cached_bytes_per_photo
 from wasi_edge.planner.plan import Base, Plan, Speed, Work, choose_plan
+from wasi_edge.planner.workload import Workload
 from wasi_edge.preprocess import Preprocessing, open_photo, shrink
 from wasi_edge.subspace.ranks import break_even_rank
 from wasi_edge.training import defaults
 from wasi_edge.training.probe import run_probe
-from wasi_edge.training.request import Events, FinetuneRequest, Method
+from wasi_edge.training.request import Events, FinetuneRequest
 
 # importing twice does not take the same memory to the page
 _START_SLACK_BYTES = 4 * 2**20
@@ -76,14 +80,15 @@ class Prepared:
     def ranks(self) -> dict[str, int | None]:
         """Rank of each linear as this run has it, None where dense: what is frozen stays as it is stored."""
         config, geometry = self.model.config, self.model.geometry
-        if config is None or self.model.convert_epsilon is not None or self.request.method is not Method.WASI:
+        if config is None or self.model.convert_epsilon is not None or not self.request.method.has_factors:
             return self.all_ranks
         frozen = tuple(f"blocks.{block}." for block in range(geometry.depth - self.plan.trained_blocks))
         return {n: config.linears[n] if n.startswith(frozen) else rank for n, rank in self.all_ranks.items()}
 
 
-def prepare(request: FinetuneRequest, events: Events) -> Prepared:
-    """Scan, measure and plan. Raises BudgetInfeasible, NoUsableData, UsageError or ArtefactError."""
+def prepare(request: FinetuneRequest, events: Events, stop_wanted: Callable[[], bool] = lambda: False) -> Prepared:
+    """Scan, measure and plan. Raises BudgetInfeasible, NoUsableData, UsageError, ArtefactError, or Interrupted once
+    `stop_wanted`."""
     threads = settle_threads(request.threads)
     model = choose_model(request)
     folder = scan_folder(request.photos, min_classes=1 if model.is_run else 2, min_side=model.preprocessing.resize_side)
@@ -101,6 +106,7 @@ def prepare(request: FinetuneRequest, events: Events) -> Prepared:
         str(model.folder),
         model.convert_epsilon,
         request.budget_bytes - read_memory().rss_bytes,
+        stop_wanted,
     )
     ranks = ranks if ranks is not None else probe.ranks
     assert ranks is not None
@@ -111,6 +117,9 @@ def prepare(request: FinetuneRequest, events: Events) -> Prepared:
         num_classes=len(labels),
         method=request.method,
         augment_photo_bytes=3 * 2 * model.preprocessing.resize_side**2,
+        lora_rank=defaults.LORA_RANK if request.method is Method.LORA else 0,
+        stored_ranks=_stored_ranks(request, model),
+        lends=can_drop_pages(),
     )
     speed = Speed(
         probe.train_seconds, probe.infer_seconds, probe.update_seconds, _decode_seconds(folder, model) / threads
@@ -155,7 +164,7 @@ def choose_model(request: FinetuneRequest) -> ModelChoice:
         )
     # an artefact of fixed ranks has factors and no epsilon
     has_factors = config is not None and any(rank is not None for rank in config.linears.values())
-    if request.method is Method.WASI and (epsilon is not None or not has_factors):
+    if request.method.has_factors and (epsilon is not None or not has_factors):
         if own is None:
             epsilon = convert = 0.8 if epsilon is None else epsilon
         elif epsilon is not None and epsilon < own:
@@ -167,7 +176,7 @@ def choose_model(request: FinetuneRequest) -> ModelChoice:
         preprocessing=preprocessing,
         config=config,
         is_run=config is not None and config.training is not None,
-        epsilon=epsilon if request.method is Method.WASI or config is not None else None,
+        epsilon=epsilon if request.method.has_factors or config is not None else None,
         convert_epsilon=convert,
     )
 
@@ -181,15 +190,22 @@ def class_labels(model: ModelChoice, found: tuple[str, ...]) -> tuple[str, ...]:
 def _known_ranks(request: FinetuneRequest, model: ModelChoice) -> dict[str, int | None] | None:
     """Rank of each linear as it will be trained; None where it depends on singular values nobody has seen yet."""
     shapes = model.geometry.linear_shapes()
-    if request.method is Method.VANILLA or (request.method is Method.HEAD and model.config is None):
+    if request.method.has_dense_weights or (request.method is Method.HEAD and model.config is None):
         return dict.fromkeys(shapes)
     if model.convert_epsilon is not None:
         return None
     assert model.config is not None
     ranks = {name: model.config.linears[name] for name in shapes}
-    if request.method is Method.WASI:
+    if request.method.has_factors:
         return {name: break_even_rank(*shapes[name]) if rank is None else rank for name, rank in ranks.items()}
     return ranks
+
+
+def _stored_ranks(request: FinetuneRequest, model: ModelChoice) -> dict[str, int | None] | None:
+    """Rank of each linear on disk, where training takes them from there; None where all are as trained."""
+    if model.config is None or model.convert_epsilon is not None or not request.method.has_factors:
+        return None
+    return {name: model.config.linears[name] for name in model.geometry.linear_shapes()}
 
 
 def _work(request: FinetuneRequest, folder: PhotoFolder, geometry: ViTGeometry) -> Work:
@@ -201,8 +217,8 @@ def _work(request: FinetuneRequest, folder: PhotoFolder, geometry: ViTGeometry) 
         num_train = len(folder.photos) - num_val
     blocks = geometry.depth
     if request.train_blocks is not None:
-        if request.method is not Method.WASI:
-            raise UsageError(f"--train-blocks is for --method wasi; {request.method} has no say in it")
+        if not request.method.is_explicit:
+            raise UsageError(f"--train-blocks is for --method wasi, wsi and asi; {request.method} has no say in it")
         if request.train_blocks > blocks:
             raise UsageError(f"--train-blocks {request.train_blocks}: the model has {blocks} blocks")
         blocks = request.train_blocks
@@ -260,13 +276,13 @@ def _notes(request: FinetuneRequest, model: ModelChoice, labels: tuple[str, ...]
     """Sentences about what this run does that is not obvious from the command."""
     notes = []
     factored = model.config is not None and any(rank is not None for rank in model.config.linears.values())
-    if request.method is Method.VANILLA and factored:
-        notes.append(f"--method vanilla multiplies the factors of {model.name} out to dense weights")
-    if request.method is Method.WASI and model.convert_epsilon is not None:
+    if request.method.has_dense_weights and factored:
+        notes.append(f"--method {request.method} multiplies the factors of {model.name} out to dense weights")
+    if request.method.has_factors and model.convert_epsilon is not None:
         notes.append(
             f"{model.name} is converted first, at epsilon {model.convert_epsilon:g}, calibrated on your photos"
         )
-    elif request.method is Method.WASI and model.config is not None:
+    elif request.method.has_factors and model.config is not None:
         dense = [name for name, rank in model.config.linears.items() if rank is None]
         if dense:
             notes.append(f"{len(dense)} dense linears are truncated to just below break-even: {', '.join(dense[:4])}")

@@ -16,12 +16,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wasi_edge.errors import WasiEdgeError
+from wasi_edge.errors import Interrupted, WasiEdgeError
 from wasi_edge.memory.process import ProcessMemory
+from wasi_edge.method import Method
 from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.training.defaults import LORA_RANK
 
 _PHOTOS = 4
 _ENOUGH_SECONDS = 0.7
+_POLL_SECONDS = 0.1
 # products and a decomposition that make the libraries take the buffers they keep
 _WARM_UP_SIZE, _WARM_UP_DECOMPOSITION = 1024, 384
 
@@ -57,12 +60,13 @@ def run_probe(
     source: str | None,
     epsilon: float | None,
     available_bytes: int,
+    stop_wanted: Callable[[], bool] = lambda: False,
 ) -> ProbeResult:
     """Measure in a child process. With `ranks` None they are computed from the checkpoint `source` at `epsilon`.
 
     Where torch alone takes more than `available_bytes` nothing will be run and the times are not measured well.
 
-    Raises WasiEdgeError with the child's message if it fails.
+    Raises WasiEdgeError with the child's message if it fails, Interrupted once `stop_wanted`.
     """
     question = {
         "geometry": geometry.to_dict(),
@@ -74,22 +78,39 @@ def run_probe(
         "epsilon": epsilon,
         "available_bytes": available_bytes,
     }
-    child = subprocess.run(
-        [sys.executable, "-m", "wasi_edge.training.probe"],
-        input=json.dumps(question),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        check=False,
-    )
+    output, complaints = _run_child(json.dumps(question), stop_wanted)
     try:
-        answer = json.loads(child.stdout.strip().splitlines()[-1])
+        answer = json.loads(output.strip().splitlines()[-1])
     except (ValueError, IndexError):
-        detail = (child.stderr.strip().splitlines() or ["no output"])[-1]
+        detail = (complaints.strip().splitlines() or ["no output"])[-1]
         raise WasiEdgeError(f"torch could not be measured on this machine: {detail}") from None
     if "error" in answer:
         raise WasiEdgeError(answer["error"])
     return ProbeResult(**answer)
+
+
+def _run_child(question: str, stop_wanted: Callable[[], bool]) -> tuple[str, str]:
+    """What the child writes to stdout and stderr. In a session of its own, a Ctrl-C reaches this process alone."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "wasi_edge.training.probe"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        start_new_session=True,
+    )
+    try:
+        while not stop_wanted():
+            try:
+                return child.communicate(question, timeout=_POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                continue  # what was sent and read so far is remembered
+        raise Interrupted("stopped before anything was begun")
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.communicate()
 
 
 def _main() -> int:
@@ -115,6 +136,7 @@ def _main() -> int:
 def _measure(question: dict[str, Any], threads: int, before: ProcessMemory) -> dict[str, Any]:
     import torch
 
+    from wasi_edge.layers.linear import LinearKinds
     from wasi_edge.memory.libraries import release_library_pages
     from wasi_edge.memory.malloc import reuse_freed_memory
     from wasi_edge.memory.process import read_memory
@@ -126,16 +148,19 @@ def _measure(question: dict[str, Any], threads: int, before: ProcessMemory) -> d
     geometry = ViTGeometry.from_dict(question["geometry"])
     _warm_up(_PHOTOS * geometry.tokens(question["image_size"]), geometry.width, geometry.mlp_width)
     warm = read_memory()
-    reuse_freed_memory(any_size=question["method"] == "vanilla")  # as the run does after its first step
+    method = Method(question["method"])
+    reuse_freed_memory(any_size=not method.is_explicit)  # as the run does after its first step
     ranks = question["ranks"] or _ranks(question)
     enough_seconds = _ENOUGH_SECONDS if import_bytes <= question["available_bytes"] else 0.0
-    block_seconds = _train_block if question["method"] == "wasi" else _train_vanilla_block
     infer = _infer_block(geometry, question["image_size"], ranks, enough_seconds)
     train, update = 0.0, 0.0
-    if question["method"] != "head":
-        train, update = block_seconds(
-            geometry, question["image_size"], ranks, question["gradient_rank"], enough_seconds
+    if method.is_explicit:
+        train, update = _train_block(
+            geometry, question["image_size"], ranks, LinearKinds.of(method), question["gradient_rank"], enough_seconds
         )
+    elif method is not Method.HEAD:
+        rank = LORA_RANK if method is Method.LORA else None
+        train, update = _train_autograd_block(geometry, question["image_size"], rank, enough_seconds)
     return {
         "peak_bytes": read_memory().peak_rss_bytes,
         "import_bytes": import_bytes,
@@ -172,16 +197,21 @@ def _ranks(question: dict[str, Any]) -> dict[str, int | None]:
         return choose_ranks(source, Settings(epsilon=question["epsilon"], always_factor=True))
 
 
-def _random_block(geometry: ViTGeometry, ranks: Mapping[str, int | None]) -> Any:
+def _random_block(geometry: ViTGeometry, ranks: Mapping[str, int | None], kinds: Any = None) -> Any:
     """A block of the network's middle with random weights."""
     import torch
 
+    from wasi_edge.layers.linear import PLAIN_KINDS
     from wasi_edge.models.vit import build_block
 
     index = geometry.depth // 2
     shapes = geometry.tensor_shapes(ranks, None)
     generator = torch.Generator().manual_seed(0)
-    return build_block(geometry, index, ranks, lambda name: torch.randn(shapes[name], generator=generator).mul_(0.02))
+
+    def read(name: str) -> torch.Tensor:
+        return torch.randn(shapes[name], generator=generator).mul_(0.02)
+
+    return build_block(geometry, index, ranks, read, kinds or PLAIN_KINDS)
 
 
 def _infer_block(
@@ -200,17 +230,18 @@ def _train_block(
     geometry: ViTGeometry,
     image_size: int,
     ranks: Mapping[str, int | None],
+    kinds: Any,
     gradient_rank: int,
     enough_seconds: float,
 ) -> tuple[float, float]:
-    """Seconds of forward and backward of one block for four photos, and of the update of its factors."""
+    """Seconds of forward and backward of one block for four photos, and of the update of its weights."""
     import torch
 
     from wasi_edge.keep import COMPACT
     from wasi_edge.layers.saving import Pass
     from wasi_edge.training.factor_update import FactorUpdate
 
-    block, run = _random_block(geometry, ranks), Pass(refresh_basis=True)
+    block, run = _random_block(geometry, ranks, kinds), Pass(refresh_basis=True)
     tokens = geometry.tokens(image_size)
     generator = torch.Generator().manual_seed(1)
     for linear in block.linears.values():
@@ -233,20 +264,22 @@ def _train_block(
     return seconds, _median_seconds(update, enough_seconds)
 
 
-def _train_vanilla_block(
-    geometry: ViTGeometry,
-    image_size: int,
-    ranks: Mapping[str, int | None],
-    gradient_rank: int,
-    enough_seconds: float,
+def _train_autograd_block(
+    geometry: ViTGeometry, image_size: int, lora_rank: int | None, enough_seconds: float
 ) -> tuple[float, float]:
-    """The same for a dense block under autograd and torch's AdamW."""
+    """The same for a dense block under autograd and torch's AdamW, all of it or its low-rank updates alone."""
     import torch
 
+    from wasi_edge.models.lora import LoraBlock, is_update
     from wasi_edge.models.vanilla import VanillaBlock
 
-    block = VanillaBlock(geometry)
-    optimizer = torch.optim.AdamW(block.parameters(), lr=1e-6)
+    block = VanillaBlock(geometry) if lora_rank is None else LoraBlock(geometry, lora_rank)
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            if is_update(name):
+                parameter.zero_()
+            parameter.requires_grad_(lora_rank is None or is_update(name))
+    optimizer = torch.optim.AdamW([p for p in block.parameters() if p.requires_grad], lr=1e-6)
     x = torch.randn(_PHOTOS, geometry.tokens(image_size), geometry.width).requires_grad_()
 
     def both() -> None:

@@ -6,18 +6,11 @@ them with Rich, tests record them, and nothing in `training/` prints.
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-
-class Method(enum.StrEnum):
-    """How to train."""
-
-    WASI = "wasi"
-    VANILLA = "vanilla"
-    HEAD = "head"
+from wasi_edge.method import Method
 
 
 @dataclass(frozen=True)

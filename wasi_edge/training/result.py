@@ -67,6 +67,11 @@ def accuracy_on(validation: Validation, held_out: PhotoSet, classes: set[int]) -
     return float(hits.float().mean())
 
 
+def count_statistics_photos(num_classes: int) -> int:
+    """Photos that `save_statistics` looks at, at most."""
+    return num_classes * _STATISTICS_PHOTOS
+
+
 def save_statistics(
     trainer: Trainer, photos: PhotoSet, num_classes: int, earlier: FeatureStatistics | None, folder: Path
 ) -> None:

@@ -6,13 +6,16 @@ for one of them is an error, a budget that the plan no longer fits is refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from wasi_edge.data.folder import PhotoFolder
 from wasi_edge.errors import BudgetInfeasible, UsageError
 from wasi_edge.planner.memory import Item
-from wasi_edge.planner.plan import Plan
+from wasi_edge.planner.plan import NAMED_MARGIN_BYTES, START_ITEM, STEADY_ITEM, Plan
 from wasi_edge.training.prepare import Prepared, with_plan
 from wasi_edge.training.request import Events, FinetuneRequest
 from wasi_edge.units import format_size
@@ -50,6 +53,11 @@ def recorded_plan(prepared: Prepared, events: Events) -> tuple[Prepared, bool]:
         return prepared, False
     now, then = _choices(prepared), record["choices"]
     changed = [key for key in now if now[key] != then.get(key)]
+    if "photos_found" in changed:
+        raise UsageError(
+            f"the photos in {request.photos} are not those that {request.out} was begun with: finish that run with the "
+            f"photos it knows, or start another one (--model {request.out} goes on from its best model so far)"
+        )
     if changed:
         listed = ", ".join(f"{key} (was {then.get(key)}, now {now[key]})" for key in changed)
         raise UsageError(f"{request.out} was begun with other choices: {listed}; use the same, or another --out")
@@ -59,10 +67,10 @@ def recorded_plan(prepared: Prepared, events: Events) -> tuple[Prepared, bool]:
             f"{request.out} was begun by another version of wasi-edge (its plan lacks {', '.join(sorted(unknown))}): "
             "finish it with that one, or use another --out"
         )
-    own = prepared.plan.items[0]
     items = tuple(Item(entry["item"], entry["bytes"]) for entry in stored["memory"])
     # libraries may weigh something else today; the rest of the plan is arithmetic
-    items = (own, *items[1:])
+    weighed = {STEADY_ITEM: prepared.base.steady, START_ITEM: prepared.base.start}
+    items = tuple(Item(item.item, weighed.get(item.item, item.bytes)) for item in items)
     plan = Plan(
         method=stored["method"],
         image_size=stored["image_size"],
@@ -73,7 +81,8 @@ def recorded_plan(prepared: Prepared, events: Events) -> tuple[Prepared, bool]:
         seconds=stored["seconds"],
         items=items,
     )
-    if plan.peak_bytes > request.budget_bytes:
+    # a few pages more today are no reason to refuse what fitted yesterday: the watchdog sees to them
+    if plan.peak_bytes > request.budget_bytes + NAMED_MARGIN_BYTES:
         raise BudgetInfeasible(
             f"the run in {request.out} goes on with the plan it began with, which needs "
             f"{format_size(plan.peak_bytes)}; the budget is {format_size(request.budget_bytes)}",
@@ -89,6 +98,7 @@ def _choices(prepared: Prepared) -> dict[str, Any]:
     request, work = prepared.request, prepared.work
     return {
         "photos": str(Path(request.photos).resolve()),
+        "photos_found": photos_digest(prepared.folder, request.photos),
         "model": str(prepared.model.folder.resolve()),
         "method": str(request.method),
         "epochs": work.epochs,
@@ -100,6 +110,19 @@ def _choices(prepared: Prepared) -> dict[str, Any]:
         "lr": request.learning_rate,
         "train_blocks": request.train_blocks,
     }
+
+
+def photos_digest(folder: PhotoFolder, root: Path) -> str:
+    """A digest of the photos' names, classes, parts and sizes in bytes: another folder is another split."""
+    digest = hashlib.sha256()
+    for photo in folder.photos:
+        try:
+            size = photo.path.stat().st_size
+        except OSError:
+            size = -1
+        entry = (os.path.relpath(photo.path, root), photo.label, photo.part, size)
+        digest.update(repr(entry).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

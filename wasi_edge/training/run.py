@@ -49,7 +49,7 @@ def finetune(request: FinetuneRequest, events: Events) -> dict[str, Any]:
         events.message(f"{request.out} is complete; nothing is left to do")
         return report
     with StopSignals() as signals, MemoryWatch() as watch:
-        prepared = prepare(request, events)
+        prepared = prepare(request, events, lambda: signals.received is not None)
         prepared, resuming = recorded_plan(prepared, events)
         work_folder = request.out / "checkpoint"
         _make(work_folder, resuming)

@@ -17,10 +17,11 @@ from wasi_edge.chunks import EVALUATION_BATCH
 from wasi_edge.data.augment import class_weights
 from wasi_edge.data.cache import PhotoCache
 from wasi_edge.data.split import near_duplicate_groups, split
-from wasi_edge.errors import Interrupted, NoUsableData
+from wasi_edge.errors import Interrupted, NoUsableData, WasiEdgeError
 from wasi_edge.memory.libraries import release_library_pages
 from wasi_edge.memory.malloc import release_free_memory, reuse_freed_memory, tune_malloc
 from wasi_edge.memory.process import MemoryWatch
+from wasi_edge.method import Method
 from wasi_edge.tensorfile import write_json_atomic
 from wasi_edge.training import defaults, result, setup
 from wasi_edge.training.checkpoint import Checkpoint, drop_checkpoints, latest_checkpoint, save_checkpoint
@@ -32,7 +33,7 @@ from wasi_edge.training.loop import Hooks, LoopSettings, Progress, Validation, n
 from wasi_edge.training.photos import PhotoSet
 from wasi_edge.training.prepare import Prepared
 from wasi_edge.training.report_keys import base_report
-from wasi_edge.training.request import Events, Method
+from wasi_edge.training.request import Events
 from wasi_edge.training.signals import StopSignals
 from wasi_edge.training.trainer import Trainer
 
@@ -68,6 +69,7 @@ class Session:
         self._head_accuracy: float | None = None
         self._before: dict[str, Any] | None = None
         self._saved_at: float | None = None
+        self._unsaved = False
         self._resumed_from: int | None = None
         self._config = setup.artefact_config(prepared, self._training_record())
 
@@ -90,9 +92,9 @@ class Session:
             status = self._train(trainer, progress)
         if status == "interrupted":
             self._checkpoint(trainer, progress)
-            self._events.message(f"stopped by {self._signals.received} and saved; go on with --resume")
             report = self._report(status, progress)
             write_json_atomic(self._out / "report.json", report)
+            self._events.message(f"stopped by {self._signals.received} and saved; go on with --resume")
             return report
         return self._finish(trainer, progress, status)
 
@@ -106,6 +108,7 @@ class Session:
             seed=request.seed,
             patience=defaults.PATIENCE,
             max_seconds=request.max_seconds,
+            closing_photos=result.count_statistics_photos(len(self._prepared.labels)),
         )
 
         guard = MemoryGuard(request.budget_bytes, plan.peak_bytes, plan.micro_batch, self._events)
@@ -122,7 +125,7 @@ class Session:
             cooler.rest(lambda: self._signals.received is not None)
             due = self._saved_at is None or time.monotonic() - self._saved_at >= request.checkpoint_seconds
             if due:
-                self._checkpoint(trainer, now)
+                self._checkpoint_if_possible(trainer, now)
 
         hooks = Hooks(
             elapsed=self._elapsed,
@@ -140,7 +143,7 @@ class Session:
     def _settle(self) -> None:
         """After the first step: everything that stays has been made, what the head alone needed is over."""
         if self._prepared.plan.reused_heap:
-            reuse_freed_memory(any_size=self._prepared.request.method is Method.VANILLA)
+            reuse_freed_memory(any_size=not self._prepared.request.method.is_explicit)
         release_library_pages()
 
     def _start(self, trainer: Trainer, progress: Progress) -> None:
@@ -181,7 +184,7 @@ class Session:
 
     def _report(self, status: str, progress: Progress) -> dict[str, Any]:
         history = progress.history
-        seen = progress.step * self._prepared.work.batch
+        seen = progress.photos_seen(len(self._photos), self._prepared.work.batch)
         epochs_run = history[-1]["epoch"] if history else 0
         return {
             **base_report(self._prepared, status, self._watch),
@@ -219,6 +222,17 @@ class Session:
             },
         )
         self._saved_at = time.monotonic()
+
+    def _checkpoint_if_possible(self, trainer: Trainer, progress: Progress) -> None:
+        """A checkpoint in passing: hours of training do not end because the disk is full for a minute."""
+        try:
+            self._checkpoint(trainer, progress)
+            self._unsaved = False
+        except (WasiEdgeError, OSError) as error:
+            self._saved_at = time.monotonic()
+            if not self._unsaved:
+                self._events.message(f"no checkpoint could be saved: {error}; training goes on and tries again")
+            self._unsaved = True
 
     def _restore(self, trainer: Trainer, checkpoint: Checkpoint) -> Progress:
         trainer.load_state(checkpoint.tensors())

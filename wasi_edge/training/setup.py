@@ -18,13 +18,17 @@ from wasi_edge.conversion.calibration import spread
 from wasi_edge.conversion.convert import Calibration, Settings, convert
 from wasi_edge.conversion.factorise import factorise
 from wasi_edge.conversion.sources import open_source
+from wasi_edge.layers.linear import LinearKinds
+from wasi_edge.method import Method
+from wasi_edge.models.lora import build_lora
 from wasi_edge.models.vanilla import build_vanilla
 from wasi_edge.models.vit import VisionTransformer, build_vit, resample_position
 from wasi_edge.training import defaults
 from wasi_edge.training.photos import PhotoSet
 from wasi_edge.training.prepare import Prepared
-from wasi_edge.training.request import Events, Method
-from wasi_edge.training.trainer import FrozenTrainer, Recipe, Trainer, VanillaTrainer, WasiTrainer
+from wasi_edge.training.request import Events
+from wasi_edge.training.trainer import FrozenTrainer, Recipe, SubspaceTrainer, Trainer
+from wasi_edge.training.vanilla_trainer import LoraTrainer, VanillaTrainer
 
 
 def convert_for(prepared: Prepared, photos: PhotoSet, out: Path, events: Events) -> None:
@@ -64,16 +68,23 @@ def build_trainer(prepared: Prepared, model_folder: Path, active: Tensor | None)
     where their output is cached."""
     request, plan, geometry = prepared.request, prepared.plan, prepared.model.geometry
     size, num_classes = prepared.model.preprocessing.image_size, len(prepared.labels)
-    if request.method is Method.VANILLA:
+    if request.method in (Method.VANILLA, Method.LORA):
         with open_source(model_folder) as source:
-            vanilla = build_vanilla(geometry, lambda name: torch.from_numpy(source.read(name)), size, num_classes)
-        return VanillaTrainer(vanilla, recipe_of(prepared), active)
+
+            def dense(name: str) -> Tensor:
+                return torch.from_numpy(source.read(name))
+
+            if request.method is Method.VANILLA:
+                return VanillaTrainer(build_vanilla(geometry, dense, size, num_classes), recipe_of(prepared), active)
+            lora = build_lora(geometry, dense, size, num_classes, defaults.LORA_RANK, request.seed)
+        return LoraTrainer(lora, recipe_of(prepared), active)
     first = geometry.depth - plan.trained_blocks if plan.cached_views else 0
     with _reader(prepared, model_folder, _held_type(prepared)) as read:
-        model = build_vit(geometry, prepared.ranks, read, size, head=True, blocks=range(first, geometry.depth))
+        blocks, kinds = range(first, geometry.depth), LinearKinds.of(request.method)
+        model = build_vit(geometry, prepared.ranks, read, size, head=True, blocks=blocks, kinds=kinds)
     if request.method is Method.HEAD:
         return FrozenTrainer(model)
-    return WasiTrainer(
+    return SubspaceTrainer(
         model, recipe_of(prepared), plan.keeps(), plan.gradient_rank, request.seed, active, plan.carried_grams
     )
 
@@ -104,7 +115,7 @@ def artefact_config(prepared: Prepared, training: dict[str, Any]) -> ModelConfig
         geometry=geometry,
         linears=prepared.ranks,
         preprocessing=model.preprocessing,
-        epsilon=None if request.method is Method.VANILLA else model.epsilon,
+        epsilon=None if request.method.has_dense_weights else model.epsilon,
         dtype="float32",
         id2label=dict(enumerate(prepared.labels)),
         provenance={**provenance, "fine_tuned_from": model.name},
@@ -149,7 +160,8 @@ def _reader(prepared: Prepared, folder: Path, held: type) -> Iterator[Callable[[
         "head.weight": torch.zeros(num_classes, geometry.feature_width),
         "head.bias": torch.zeros(num_classes),
     }
-    if prepared.model.config is None and prepared.model.convert_epsilon is None:
+    stays_dense = prepared.model.config is None and prepared.model.convert_epsilon is None
+    if stays_dense or prepared.request.method.has_dense_weights:
         with open_source(folder) as source:
             yield lambda name: head[name] if name in head else torch.from_numpy(source.read(name))
         return

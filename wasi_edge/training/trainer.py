@@ -1,12 +1,12 @@
-"""One optimiser step, whatever the method: the interface the loop drives, and its two implementations.
+"""One optimiser step, whatever the method: the interface the loop drives, and what runs it on the explicit engine.
 
-`WasiTrainer` runs the explicit engine on factors; `VanillaTrainer` runs torch autograd and torch's AdamW on the dense
-network. Both own parameters, gradients and optimiser state; neither knows about epochs, photos on disk or files.
+A trainer owns parameters, gradients and optimiser state; it knows nothing about epochs, photos on disk or files. Those
+under torch autograd are in `vanilla_trainer.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,10 +15,9 @@ from torch import Tensor
 
 from wasi_edge.errors import WasiEdgeError
 from wasi_edge.keep import Keep
-from wasi_edge.layers.linear import WasiLinear
+from wasi_edge.layers.linear import SubspaceLinear
 from wasi_edge.layers.saving import Pass
 from wasi_edge.memory.malloc import release_free_memory
-from wasi_edge.models.vanilla import VanillaViT
 from wasi_edge.models.vit import VisionTransformer, artefact_name
 from wasi_edge.training.adam import Adam
 from wasi_edge.training.factor_update import FactorUpdate
@@ -76,8 +75,9 @@ class Trainer(Protocol):
     def load_state(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Take back what `state` gave."""
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Parameters by artefact name; those of frozen blocks may be missing."""
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Parameters by artefact name; those that do not learn may be missing, and are where they are only held in a
+        rounded form."""
 
 
 class FrozenTrainer:
@@ -99,8 +99,8 @@ class FrozenTrainer:
         self.model.head.params["weight"].copy_(head.weight)
         self.model.head.params["bias"].copy_(head.bias)
 
-    def parameters(self) -> dict[str, Tensor]:
-        return self._parameters
+    def parameters(self) -> Mapping[str, Tensor]:
+        return {name: value for name, value in self._parameters.items() if value.dtype is not torch.float16}
 
     def micro_batch(self, inputs: Tensor, labels: Tensor, weight: Tensor, first: bool, batch: int) -> Loss:
         raise NotImplementedError("the head alone is fitted in closed form; there are no gradient steps")
@@ -125,8 +125,9 @@ class FrozenTrainer:
             self._parameters[full.removeprefix("parameter.")].copy_(value)
 
 
-class WasiTrainer(FrozenTrainer):
-    """Factors, compressed gradients and the rule that updates them. `keeps`: one for each block that learns."""
+class SubspaceTrainer(FrozenTrainer):
+    """Small gradients P U^T and the rule that updates weights with them (`wasi`, `wsi`, `asi`: as the model was built).
+    `keeps`: one for each block that learns."""
 
     def __init__(
         self,
@@ -147,10 +148,12 @@ class WasiTrainer(FrozenTrainer):
         self._before_step: dict[str, tuple[Tensor, Tensor, bool]] = {}
         self._adam = Adam()
         generator = torch.Generator().manual_seed(seed)
-        self._linears: dict[str, WasiLinear] = {}
+        self._linears: dict[str, SubspaceLinear] = {}
         for name, linear in model.linears(len(keeps)).items():
-            if not isinstance(linear, WasiLinear):
-                raise WasiEdgeError(f"{name} is dense: it has to be factored before it can be trained with wasi")
+            if not isinstance(linear, SubspaceLinear):
+                raise WasiEdgeError(
+                    f"{name} keeps a dense gradient: it has to be factored before it can be trained with wasi"
+                )
             linear.start_training(gradient_rank, model.tokens, generator)
             self._linears[name] = linear
         self._factors = FactorUpdate(self._linears, recipe.weight_decay, carry_grams, seed)
@@ -172,7 +175,7 @@ class WasiTrainer(FrozenTrainer):
 
     def apply(self, step: int, schedule: float) -> float:
         norm = float(torch.stack([g.norm() for g in self._gradients.values()]).norm())
-        _refuse_divergence(norm, step, self.recipe)
+        refuse_divergence(norm, step, self.recipe)
         # nothing kept is read any more: the update works in the memory of some of it
         self._run.workspace.lend(self._factors.scratch_bytes)
         recipe = self.recipe
@@ -204,6 +207,9 @@ class WasiTrainer(FrozenTrainer):
         self._gradient_buffers.clear()
         self._adam = Adam()
         self._factors.clear()
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        return {**super().parameters(), **self._learning}
 
     def state(self) -> dict[str, Tensor]:
         named = {f"parameter.{name}": value for name, value in self._learning.items()}
@@ -250,80 +256,7 @@ class WasiTrainer(FrozenTrainer):
             self._gradients[name] = self._gradient_buffers[name].copy_(value)
 
 
-class VanillaTrainer:
-    """The dense network under autograd, with torch's AdamW."""
-
-    def __init__(self, model: VanillaViT, recipe: Recipe, active: Tensor | None = None) -> None:
-        self.model, self.recipe, self.active = model, recipe, active
-        decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and n != "position"]
-        kept = [p for n, p in model.named_parameters() if p.ndim != 2 or n == "position"]
-        self._optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}],
-            lr=recipe.learning_rate,
-        )
-
-    def features(self, pixels: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.model.features(pixels)
-
-    def logits(self, pixels: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.model(pixels)
-
-    def set_head(self, head: Head) -> None:
-        with torch.no_grad():
-            self.model.head.weight.copy_(head.weight)
-            self.model.head.bias.copy_(head.bias)
-
-    def micro_batch(self, pixels: Tensor, labels: Tensor, weight: Tensor, first: bool, batch: int) -> Loss:
-        with torch.enable_grad():
-            logits = self.model(pixels)
-        with torch.no_grad():
-            loss = cross_entropy(logits, labels, weight, batch, self.recipe.label_smoothing, self.active)
-        logits.backward(loss.dlogits)
-        return loss
-
-    def apply(self, step: int, schedule: float) -> float:
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm))
-        _refuse_divergence(norm, step, self.recipe)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate * schedule
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def abandon(self) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
-
-    def release_buffers(self) -> None:
-        """Autograd holds none between steps."""
-
-    def end_training(self) -> None:
-        self.abandon()
-        self._optimizer.state.clear()
-
-    def state(self) -> dict[str, Tensor]:
-        named = {f"parameter.{name}": value for name, value in self.parameters().items()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                named[f"adam.{key}.{name}"] = value
-        return named
-
-    def load_state(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        by_name = dict(self.model.named_parameters())
-        for full, value in tensors:
-            kind, _, rest = full.partition(".")
-            if kind == "parameter":
-                by_name[rest].data.copy_(value)
-            else:
-                key, _, name = rest.partition(".")
-                self._optimizer.state[by_name[name]][key] = value
-
-    def parameters(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-
-
-def _refuse_divergence(norm: float, step: int, recipe: Recipe) -> None:
+def refuse_divergence(norm: float, step: int, recipe: Recipe) -> None:
     """Raise WasiEdgeError where the norm of the gradients is not finite."""
     if not norm < float("inf"):
         raise WasiEdgeError(

@@ -1,0 +1,105 @@
+"""Where a run ends, and what it takes up again: the loop with a trainer that only counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wasi_edge.training.loop import Hooks, LoopSettings, Progress, train
+from wasi_edge.training.loss import Loss
+
+TRAIN, HELD_OUT, CLASSES = 10, 7, 2
+
+
+class Photos:
+    """Of a side of the split what the loop asks for; photos are their own positions."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.batch = count, 4
+        self.labels, self.weight = torch.zeros(count, dtype=torch.long), torch.ones(count)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def inputs(self, positions: Iterable[int]) -> Tensor:
+        return torch.tensor(list(positions))
+
+    def augmented(self, positions: Iterable[int], seed: int, epoch: int) -> Tensor:
+        return torch.tensor([int(position) for position in positions])
+
+
+class CountingTrainer:
+    """Never gets any better."""
+
+    def __init__(self) -> None:
+        self.steps, self.validated, self.trained = 0, [], 0
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        self.validated.append(len(inputs))
+        return torch.tensor([[1.0, 0.0]]).repeat(len(inputs), 1)
+
+    def micro_batch(self, inputs: Tensor, *_: Any) -> Loss:
+        self.trained += len(inputs)
+        return Loss(0.0, 0, torch.zeros(len(inputs), CLASSES))
+
+    def apply(self, step: int, schedule: float) -> float:
+        self.steps += 1
+        return 0.0
+
+    def abandon(self) -> None:
+        pass
+
+
+class Silent:
+    def __getattr__(self, _: str) -> Any:
+        return lambda *_: None
+
+
+def go(trainer: CountingTrainer, progress: Progress, stop_at: int | None = None, epochs: int = 50) -> str:
+    hooks = Hooks(
+        elapsed=lambda: 0.0,
+        stop_wanted=lambda: stop_at is not None and progress.step >= stop_at,
+        on_best=lambda: None,
+        on_gradients=lambda: None,
+        on_step=lambda _: None,
+        peak_bytes=lambda: 0,
+    )
+    settings = LoopSettings(epochs=epochs, batch=4, micro_batch=4, seed=0, patience=2, max_seconds=None)
+    return train(trainer, Photos(TRAIN), Photos(HELD_OUT), settings, progress, Silent(), hooks)  # type: ignore[arg-type]
+
+
+def started() -> Progress:
+    """After the head, which no epoch beats."""
+    return Progress(best_accuracy=1.0, best_loss=0.0)
+
+
+def test_a_run_stopped_where_patience_ends_does_not_train_on_when_it_is_resumed():
+    straight = CountingTrainer()
+    assert go(straight, started()) == "early_stopped"
+    assert straight.steps == 2 * 3
+    progress, first = started(), CountingTrainer()
+    assert go(first, progress, stop_at=6) == "interrupted" and first.steps == 6
+    second = CountingTrainer()
+    assert go(second, Progress.from_dict(progress.to_dict())) == "early_stopped" and second.steps == 0
+
+
+def test_all_epochs_are_run_where_patience_does_not_end_them():
+    progress, trainer = started(), CountingTrainer()
+    assert go(trainer, progress, epochs=2) == "completed" and trainer.steps == 6
+
+
+def test_photos_are_counted_as_they_are_trained_on_with_a_smaller_last_batch():
+    progress, trainer = started(), CountingTrainer()
+    go(trainer, progress, stop_at=5)
+    assert progress.photos_seen(TRAIN, 4) == trainer.trained == TRAIN + 8
+    assert Progress(epoch=3).photos_seen(TRAIN, 4) == 2 * TRAIN
+
+
+def test_a_smaller_micro_batch_is_kept_to_while_validating():
+    progress, trainer = started(), CountingTrainer()
+    progress.micro_batch = 2
+    go(trainer, progress, epochs=1)
+    assert max(trainer.validated) == 2 and sum(trainer.validated) == HELD_OUT

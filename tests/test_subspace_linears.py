@@ -1,0 +1,130 @@
+"""The linears of `wsi` and `asi` against autograd and against dense twins; those of `wasi` are in test_layers.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import generator, one_thread, plain_qr, random, relative_difference, subspace_difference  # noqa: F401
+from torch import Tensor
+
+from wasi_edge.layers.linear import AsiLinear, LinearKinds, SubspaceLinear, WasiLinear, WsiLinear
+from wasi_edge.layers.saving import Pass
+from wasi_edge.method import Method
+from wasi_edge.training.factor_update import MOMENTUM, FactorUpdate, polar_factor
+
+OUT, IN, RANK, TOKENS, BATCH = 18, 14, 6, 5, 4
+KINDS = pytest.mark.parametrize("kind", [WsiLinear, AsiLinear])
+
+
+def make(kind: type[SubspaceLinear], gradient_rank: int, scale: bool = True, rank: int = RANK) -> SubspaceLinear:
+    bias, factor = random(OUT, seed=1), 1 + 0.1 * random(OUT, seed=2) if scale else None
+    layer: SubspaceLinear
+    if kind is AsiLinear:
+        layer = AsiLinear(random(OUT, IN, seed=3), bias, factor)
+    else:
+        layer = WsiLinear(random(OUT, rank, seed=3), random(rank, IN, seed=4), bias, factor)
+    layer.start_training(gradient_rank, TOKENS, generator(5))
+    return layer
+
+
+def dense_weight(layer: SubspaceLinear) -> Tensor:
+    params = layer.params
+    return (params["weight"] if "weight" in params else params["left"] @ params["right"]).clone()
+
+
+def both_passes(layer: SubspaceLinear, seed: int, refresh: bool = True) -> tuple[Tensor, Tensor, Tensor, dict]:
+    x, dy = random(BATCH * TOKENS, IN, seed=seed), random(BATCH * TOKENS, OUT, seed=seed + 1)
+    run = Pass(refresh_basis=refresh)
+    _, saved = layer.forward(x, TOKENS, run, "linear")
+    assert saved is not None
+    dx, grads = layer.backward(saved, dy, TOKENS, run)
+    return x, dy, dx, grads
+
+
+@KINDS
+@pytest.mark.parametrize("scale", [True, False])
+def test_with_a_complete_basis_everything_equals_autograd(kind, scale):
+    layer = make(kind, IN, scale)
+    names = ["bias", "scale"] if scale else ["bias"]
+    x, dy, dx, grads = both_passes(layer, 10)
+    weight = dense_weight(layer).requires_grad_()
+    others = [layer.params[name].clone().requires_grad_() for name in names]
+    inputs = x.clone().requires_grad_()
+    y = inputs @ weight.T + others[0]
+    if scale:
+        y = y * others[1]
+    y.backward(dy)
+    assert inputs.grad is not None and weight.grad is not None and layer.basis is not None
+    assert relative_difference(dx, inputs.grad) < 1e-12
+    assert relative_difference(grads["projected"] @ layer.basis.T, weight.grad) < 1e-12
+    for name, value in zip(names, others, strict=True):
+        assert value.grad is not None and relative_difference(grads[name], value.grad) < 1e-12, name
+
+
+def test_where_the_input_is_kept_the_basis_follows_the_gradient_itself():
+    layer = make(WsiLinear, 3, scale=False)
+    assert layer.basis is not None
+    basis = layer.basis.clone()
+    for step in range(4):
+        x, dy, _, grads = both_passes(layer, 20 + 2 * step)
+        gradient = dy.T @ x
+        for _ in range(4 if step == 0 else 1):
+            basis = plain_qr(gradient.T @ (gradient @ basis))
+        assert layer.basis is not None and subspace_difference(layer.basis, basis) < 1e-10
+        assert relative_difference(grads["projected"], gradient @ layer.basis) < 1e-12
+
+
+def test_later_micro_batches_leave_the_basis_alone():
+    layer = make(WsiLinear, 3)
+    both_passes(layer, 30)
+    before = layer.basis
+    both_passes(layer, 32, refresh=False)
+    assert layer.basis is before
+
+
+def test_whole_inputs_give_a_better_gradient_than_compressed_ones():
+    whole = make(WsiLinear, 3, scale=False)
+    compressed = WasiLinear(whole.params["left"], whole.params["right"], whole.params["bias"])
+    compressed.start_training(3, TOKENS, generator(5))
+    errors = {}
+    for name, layer in (("whole", whole), ("compressed", compressed)):
+        for _ in range(6):
+            x, dy, _, grads = both_passes(layer, 40)
+        assert layer.basis is not None
+        errors[name] = relative_difference(grads["projected"] @ layer.basis.T, dy.T @ x)
+    best = torch.linalg.svdvals(dy.T @ x)
+    assert errors["whole"] < errors["compressed"]
+    assert errors["whole"] < 1.05 * float((best[3:].square().sum() / best.square().sum()).sqrt())
+
+
+def test_a_dense_weight_steps_along_the_polar_factor_and_is_not_truncated():
+    layer = make(AsiLinear, 3, scale=False)
+    weight = dense_weight(layer)
+    rule = FactorUpdate({"one": layer}, weight_decay=0.1)
+    momentum, old = torch.zeros(OUT, 3, dtype=torch.float64), torch.zeros(IN, 3, dtype=torch.float64)
+    for step in range(1, 4):
+        _, _, _, grads = both_passes(layer, 50 + 2 * step)
+        basis = layer.basis
+        assert basis is not None
+        momentum = MOMENTUM * momentum @ (old.T @ basis) + (1 - MOMENTUM) * grads["projected"]
+        old = basis.clone()
+        rate = 0.01 * float(torch.linalg.matrix_norm(weight))
+        weight = (1 - rate * 0.1) * weight - rate * polar_factor(momentum) @ basis.T
+        rule.update("one", grads["projected"], 0.01, step)
+        assert relative_difference(layer.params["weight"], weight) < 1e-12
+    assert int(torch.linalg.matrix_rank(layer.params["weight"])) == IN
+    assert not any(key.startswith("grams") for key in rule.state())
+    assert rule.scratch_bytes == 0
+
+
+def test_each_method_is_built_of_its_own_linears():
+    assert LinearKinds.of(Method.WSI).factored is WsiLinear
+    assert LinearKinds.of(Method.ASI).dense is AsiLinear
+    assert LinearKinds.of(Method.WASI) == LinearKinds.of(Method.HEAD) == LinearKinds()
+
+
+def test_the_global_generator_is_left_alone():
+    before = torch.get_rng_state()
+    for kind in (WsiLinear, AsiLinear):
+        both_passes(make(kind, 3), 60)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,39 @@
+"""The ways to train, and what follows from each for weights, gradients and memory. No torch."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Method(enum.StrEnum):
+    """How to train.
+
+    wasi        weights in factors, gradients from compressed inputs
+    wsi         weights in factors, inputs kept whole
+    asi         dense weights, gradients from compressed inputs
+    vanilla     dense weights under autograd, all of them trained
+    lora        dense weights that stay, with trained low-rank updates of queries and values
+    head        nothing but the classifier, in closed form
+    """
+
+    WASI = "wasi"
+    WSI = "wsi"
+    ASI = "asi"
+    VANILLA = "vanilla"
+    LORA = "lora"
+    HEAD = "head"
+
+    @property
+    def has_factors(self) -> bool:
+        """Its weights have to be in factors."""
+        return self in (Method.WASI, Method.WSI)
+
+    @property
+    def has_dense_weights(self) -> bool:
+        """Its weights have to be dense."""
+        return self in (Method.ASI, Method.VANILLA, Method.LORA)
+
+    @property
+    def is_explicit(self) -> bool:
+        """Trained by the explicit engine, with gradients P U^T; else by autograd, or not at all."""
+        return self in (Method.WASI, Method.WSI, Method.ASI)

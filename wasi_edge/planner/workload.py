@@ -1,0 +1,110 @@
+"""What is to be trained, as the planner sees it: shapes, ranks and parameters counted by where they are. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from wasi_edge.method import Method
+from wasi_edge.models.geometry import ViTGeometry
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained: the network's shape at one input size, and how.
+
+    ranks            rank of each linear, None where dense
+    lora_rank        of the updates of `lora`, 0 for other methods
+    stored_ranks     of each linear as it is on disk, which is how frozen blocks stay; None: as `ranks`
+    lends            whether buffers can lend their pages to the update (`memory/pages.py`)
+    """
+
+    geometry: ViTGeometry
+    image_size: int
+    ranks: Mapping[str, int | None]
+    num_classes: int
+    method: Method
+    augment_photo_bytes: int
+    lora_rank: int = 0
+    stored_ranks: Mapping[str, int | None] | None = None
+    lends: bool = True
+
+    @cached_property
+    def tokens(self) -> int:
+        """N, tokens per photo."""
+        return self.geometry.tokens(self.image_size)
+
+    @cached_property
+    def linears(self) -> list[list[tuple[int, int, int]]]:
+        """(O, I, K) of the linears of each block, K 0 where dense."""
+        shapes = self.geometry.linear_shapes()
+        named = [(name, out, inner, self.ranks[name] or 0) for name, (out, inner) in shapes.items()]
+        return [
+            [(out, inner, rank) for name, out, inner, rank in named if name.startswith(f"blocks.{block}.")]
+            for block in range(self.geometry.depth)
+        ]
+
+    @cached_property
+    def trained_counts(self) -> list[tuple[int, int]]:
+        """Of each block, parameters of its dense linears and of its factors."""
+        return self._linear_counts(self.ranks)
+
+    @cached_property
+    def stored_counts(self) -> list[tuple[int, int]]:
+        """The same as on disk."""
+        return self._linear_counts(self.stored_ranks or self.ranks)
+
+    def _linear_counts(self, ranks: Mapping[str, int | None]) -> list[tuple[int, int]]:
+        counts = [[0, 0] for _ in range(self.geometry.depth)]
+        for name, (out, inner) in self.geometry.linear_shapes().items():
+            rank, block = ranks[name], counts[int(name.split(".")[1])]
+            if rank is None:
+                block[0] += out * inner
+            else:
+                block[1] += (out + inner) * rank
+        return [(dense, factored) for dense, factored in counts]
+
+    @cached_property
+    def truncated(self) -> list[tuple[int, int, int]]:
+        """Block and (O, I) of the linears that are dense on disk and are put into factors where they learn."""
+        stored, shapes = self.stored_ranks or {}, self.geometry.linear_shapes()
+        dense = [name for name, rank in stored.items() if rank is None and self.ranks[name] is not None]
+        return [(int(name.split(".")[1]), *shapes[name]) for name in dense]
+
+    @cached_property
+    def largest_rank(self) -> int:
+        """The largest K."""
+        return max(rank for block in self.linears for _, _, rank in block)
+
+    @cached_property
+    def counts(self) -> Counts:
+        """Parameters by where they are."""
+        depth = self.geometry.depth
+        linears, others, stem, top = [0] * depth, [0] * depth, 0, 0
+        for name, shape in self.geometry.tensor_shapes(self.ranks, self.num_classes).items():
+            count = math.prod(shape)
+            if name.startswith("blocks."):
+                block = int(name.split(".")[1])
+                if len(shape) == 2:
+                    linears[block] += count
+                else:
+                    others[block] += count
+            elif name == "position":
+                stem += self.tokens * self.geometry.width
+            elif name.startswith(("patch_embed", "class_token")):
+                stem += count
+            else:
+                top += count
+        return Counts(tuple(linears), tuple(others), stem, top)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters: of each block's linears, of the rest of each block, before the blocks, after them."""
+
+    linears: tuple[int, ...]
+    others: tuple[int, ...]
+    stem: int
+    top: int
