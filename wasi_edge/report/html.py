@@ -1,10 +1,9 @@
 """The page a run leaves behind: `report.html`, from the dictionary that is also `report.json`.
 
-One file that asks nothing of the network (a content security policy in the page forbids it, too):
-styles, plots and photos are inline. Photos are re-encoded from the cached pixels, so no EXIF and
-no GPS can come along. A photo's, a class's or a file's name is somebody else's text: everything
-passes through `escape`. Any key may be missing, since a run can stop anywhere; a section without
-its figures is left out.
+One file that asks nothing of the network (its frame is in `page.py`): styles, plots and photos are
+inline. Photos are re-encoded from the cached pixels, so no EXIF and no GPS can come along. A photo's,
+a class's or a file's name is somebody else's text: everything passes through `escape`. Any key may
+be missing, since a run can stop anywhere; a section without its figures is left out.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import base64
 import io
 import math
 import os
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from PIL import Image
 
 from wasi_edge.report import svg
 from wasi_edge.report import terminal as words
+from wasi_edge.report.page import document, folded, glued, mapping, section, table
 from wasi_edge.report.svg import escape, finite
 from wasi_edge.units import format_size
 
@@ -68,21 +67,14 @@ def render_finetune_report(report: Mapping[str, Any], photos: Sequence[ReportPho
         _skipped(report),
         _details(report),
     )
-    headline = _glued(words.headline(report))
+    headline = glued(words.headline(report))
     state = escape(words.STATUS_WORDS.get(status, status))
-    return (
-        "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        "<meta name='color-scheme' content='light dark'><meta name='referrer' content='no-referrer'>"
-        "<meta http-equiv='Content-Security-Policy' "
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        f"<title>wasi-edge: {headline}</title><style>{svg.THEME}{_CSS}</style></head><body><main>"
-        f"<header><p class='eyebrow'>wasi-edge report{eyebrow}</p>"
+    header = (
+        f"<p class='eyebrow'>wasi-edge report{eyebrow}</p>"
         f"<h1>{headline}</h1><p class='status {escape(status)}'>{state}</p>"
-        f"</header>{''.join(sections)}"
-        "<footer>Made on your own machine; nothing left it. Its figures are in report.json.</footer>"
-        "</main></body></html>\n"
     )
+    footer = "Made on your own machine; nothing left it. Its figures are in report.json."
+    return document(headline, header, "".join(sections), footer)
 
 
 def write_report(path: str | os.PathLike[str], html: str) -> None:
@@ -113,7 +105,7 @@ def _tiles(report: Mapping[str, Any]) -> str:
 
 
 def _continuation(report: Mapping[str, Any]) -> str:
-    since = _mapping(report.get("continued_from"))
+    since = mapping(report.get("continued_from"))
     before = words.percent(since.get("old_class_accuracy_before"))
     groups = (
         ("known before", since.get("old_classes"), before, "old_class_accuracy"),
@@ -122,8 +114,8 @@ def _continuation(report: Mapping[str, Any]) -> str:
     rows = [(what, words.names_text(of), was, words.percent(since.get(key))) for what, of, was, key in groups if of]
     absent = escape(words.names_text(since.get("absent_classes") or ()))
     note = f"<p>Without photos this time: {absent}. Kept, but not tested here.</p>" if absent else ""
-    table = _table(("", "classes", "accuracy before", "accuracy now"), rows)
-    return _section("Since the last run", table + note)
+    groups_table = table(("", "classes", "accuracy before", "accuracy now"), rows)
+    return section("Since the last run", groups_table + note)
 
 
 def _usage(report: Mapping[str, Any]) -> str:
@@ -139,7 +131,7 @@ def _usage(report: Mapping[str, Any]) -> str:
         ]
     rows = "".join(f"<dt>{why}</dt><dd>{_command(command)}</dd>" for why, command in commands)
     where = "" if report.get("out") else "<p class='note'>RUN is the folder this page lies in.</p>"
-    return _section("How to use it", f"<dl>{rows}</dl>{where}" if rows else "")
+    return section("How to use it", f"<dl>{rows}</dl>{where}" if rows else "")
 
 
 def _command(command: str) -> str:
@@ -163,7 +155,7 @@ def _curves(report: Mapping[str, Any]) -> str:
     loss = svg.line_chart(losses, "epoch", "loss")
     note = "Epoch 0 is the head alone, fitted in closed form before the first gradient step."
     grid = f"<div class='grid'><figure>{accuracy}</figure><figure>{loss}</figure></div>"
-    return _section("How it learned", f"{grid}<p class='note'>{note}</p>")
+    return section("How it learned", f"{grid}<p class='note'>{note}</p>")
 
 
 def _photos(photos: Sequence[ReportPhoto]) -> str:
@@ -182,7 +174,7 @@ def _photos(photos: Sequence[ReportPhoto]) -> str:
         )
         if shown
     )
-    return _section("Photos it never trained on", galleries)
+    return section("Photos it never trained on", galleries)
 
 
 def _photo(photo: ReportPhoto) -> str:
@@ -222,7 +214,7 @@ def _confusion(report: Mapping[str, Any]) -> str:
     mix_ups = f"<h3>Most frequent mix-ups</h3><ul>{items}</ul>" if items else "<p>Not one mix-up.</p>"
     plot = f"<figure class='scroll'>{svg.confusion_matrix(matrix, classes)}</figure>"
     layout = "grid" if len(matrix) <= _MATRIX_BESIDE_TEXT else "stack"
-    return _section("What it mixes up", f"<div class='{layout}'>{plot}<div>{mix_ups}</div></div>")
+    return section("What it mixes up", f"<div class='{layout}'>{plot}<div>{mix_ups}</div></div>")
 
 
 def _per_class(report: Mapping[str, Any]) -> str:
@@ -238,7 +230,7 @@ def _per_class(report: Mapping[str, Any]) -> str:
         "<p class='note'>Weakest class first. Recognised: the share of its photos that were found (recall). "
         "Right when said: of the photos given this name, the share that bear it (precision).</p>"
     )
-    return _section("Class by class", _table(_SCORES, cells, numeric=True) + note)
+    return section("Class by class", table(_SCORES, cells, numeric=True) + note)
 
 
 def _memory(report: Mapping[str, Any]) -> str:
@@ -263,13 +255,13 @@ def _memory(report: Mapping[str, Any]) -> str:
         top = max([m for _, m in kept] + [level for _, level in levels])
         chart = svg.line_chart([curve], unit, "memory, MB", (0.0, 1.06 * top), levels)
         plots.append(f"<figure>{chart}</figure>")
-    items = _mapping(report.get("plan")).get("memory") or ()
+    items = mapping(report.get("plan")).get("memory") or ()
     bars = [(str(item.get("item", "?")), finite(item.get("bytes"))) for item in items]
     if bars:
         bars.sort(key=lambda bar: -(bar[1] or 0.0))
         chart = svg.bar_chart(bars, "Planned memory by use", format_size)
         plots.append(f"<figure><figcaption>What the plan set aside</figcaption>{chart}</figure>")
-    return _section("Memory", f"<div class='grid'>{''.join(plots)}</div>" if plots else "")
+    return section("Memory", f"<div class='grid'>{''.join(plots)}</div>" if plots else "")
 
 
 def _skipped(report: Mapping[str, Any]) -> str:
@@ -283,18 +275,18 @@ def _skipped(report: Mapping[str, Any]) -> str:
         more = f"<li>and {rest} more, in report.json</li>" if rest > 0 else ""
         summary = f"{words.counted(len(paths), 'file')}: {escape(reason)}"
         parts.append(f"<details><summary>{summary}</summary><ul class='paths'>{shown}{more}</ul></details>")
-    return _section("What was skipped, and why", "".join(parts))
+    return section("What was skipped, and why", "".join(parts))
 
 
 def _details(report: Mapping[str, Any]) -> str:
     settings = {key: value for key, value in report.items() if key not in _SHOWN_ELSEWHERE}
-    machine = [row for key in ("hardware", "versions") for row in words.figures(_mapping(report.get(key)))]
+    machine = [row for key in ("hardware", "versions") for row in words.figures(mapping(report.get(key)))]
     parts = [
-        _folded("The plan", _plan(_mapping(report.get("plan")))),
-        _folded("Settings and figures", _table(("", ""), words.figures(settings))),
-        _folded("Machine and versions", _table(("", ""), machine)),
+        folded("The plan", _plan(mapping(report.get("plan")))),
+        folded("Settings and figures", table(("", ""), words.figures(settings))),
+        folded("Machine and versions", table(("", ""), machine)),
     ]
-    return _section("In detail", "".join(parts))
+    return section("In detail", "".join(parts))
 
 
 def _plan(plan: Mapping[str, Any]) -> str:
@@ -304,92 +296,24 @@ def _plan(plan: Mapping[str, Any]) -> str:
         if isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
             columns = list(dict.fromkeys(column for item in value for column in item))
             rows = [[words.figure_text(column, item.get(column)) for column in columns] for item in value]
-            table = _table([words.label_text(column) for column in columns], rows, numeric=True)
-            tables += f"<h3>{escape(words.label_text(key))}</h3>{table}"
+            titles = [words.label_text(column) for column in columns]
+            tables += f"<h3>{escape(words.label_text(key))}</h3>{table(titles, rows, numeric=True)}"
         else:
             plain[key] = value
-    return _table(("", ""), words.figures(plain)) + tables
+    return table(("", ""), words.figures(plain)) + tables
 
 
 # ---- pieces ------------------------------------------------------------------------------------
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
-
-
-def _folded(title: str, body: str) -> str:
-    return f"<details><summary>{escape(title)}</summary>{body}</details>" if body else ""
 
 
 def _tile(figure: words.KeyFigure) -> str:
     share = figure.share
     width = f"width:{100 * min(1.0, share or 0.0):.1f}%"
     meter = "" if share is None else f"<i class='meter'><i style='{width}'></i></i>"
-    text = f"<span>{escape(figure.label)}</span><b>{_glued(figure.value)}</b>{meter}"
-    return f"<div class='tile'>{text}<small>{_glued(figure.note)}</small></div>"
-
-
-def _glued(text: str) -> str:
-    """Escaped, with a number and its unit never on two lines."""
-    return re.sub(r"(?<=\d) (?=(%|MB|min|s|h|points)\b|%)", "&nbsp;", escape(text))
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: bool = False) -> str:
-    """A table that scrolls sideways when it must; `numeric` sets all but the first column to the right."""
-    if not rows:
-        return ""
-    titles = "".join(f"<th scope='col'>{escape(title)}</th>" for title in head)
-    titles = f"<thead><tr>{titles}</tr></thead>" if any(head) else ""
-    body = "".join(
-        f"<tr><th scope='row'>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in rest)}</tr>"
-        for first, *rest in rows
-    )
-    opening = f"<table class='{'numeric' if numeric else 'plain'}'>"
-    return f"<div class='scroll'>{opening}{titles}<tbody>{body}</tbody></table></div>"
+    text = f"<span>{escape(figure.label)}</span><b>{glued(figure.value)}</b>{meter}"
+    return f"<div class='tile'>{text}<small>{glued(figure.note)}</small></div>"
 
 
 def _series(history: Sequence[Mapping[str, Any]], name: str, key: str, scale: float = 1.0) -> svg.Series:
     values = [None if (value := finite(entry.get(key))) is None else scale * value for entry in history]
     return svg.Series(name, [entry["epoch"] for entry in history], values)
-
-
-_CSS = """
-*{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
-main{max-width:1040px;margin:0 auto;padding:clamp(16px,4vw,40px)}
-h1{font-size:clamp(1.35rem,3.6vw,2.1rem);line-height:1.25;margin:.2em 0 .5em;text-wrap:balance}
-h2{font-size:1.2rem;margin:0 0 .8rem}h3{font-size:1rem;margin:1.2rem 0 .5rem}
-.eyebrow,.note,footer,small{color:var(--muted)}.eyebrow{margin:0}.note,footer{font-size:.875rem}
-.status{display:inline-block;margin:0 0 1rem;padding:.1rem .7rem;border:1px solid;border-radius:99px;
-color:var(--good);font-size:.875rem}.failed,.interrupted{color:var(--bad)!important}.status:empty{display:none}
-section:not(.tiles){background:var(--card);border:1px solid var(--edge);border-radius:12px;
-padding:clamp(14px,3vw,24px);margin:0 0 16px}section>:last-child{margin-bottom:0}
-.tiles{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:12px;margin:0 0 16px}
-@media(min-width:720px){.tiles{grid-template-columns:repeat(3,minmax(0,1fr))}}
-.tile{background:var(--card);border:1px solid var(--edge);border-radius:12px;padding:12px 14px;
-display:flex;flex-direction:column;gap:2px}.tile span{font-size:.875rem}
-.tile b{font-size:clamp(1.15rem,5vw,1.45rem);line-height:1.2}.tile small{font-size:.8rem;line-height:1.35}
-.meter,.meter i{display:block;height:6px;border-radius:3px}.meter{background:var(--edge);margin:4px 0}
-.meter i{background:var(--accent)}figcaption{font-size:.875rem;margin:0 0 .4rem;line-height:1.35}
-figure{margin:0;min-width:0}figcaption span{white-space:nowrap}svg{display:block}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:24px;align-items:start}
-.gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(132px,1fr));gap:12px}
-.gallery img{display:block;width:100%;aspect-ratio:1;object-fit:cover;border-radius:8px;
-border:3px solid var(--good);margin-bottom:.3rem}.gallery .wrong img{border:3px dashed var(--bad)}
-.scroll{overflow-x:auto}ul{margin:0;padding-left:1.2em}.paths{font-size:.875rem;color:var(--muted)}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.925rem}.numeric{width:100%}
-th,td{padding:.35rem .8rem .35rem 0;border-bottom:1px solid var(--edge);text-align:left;vertical-align:top;
-font-weight:400;overflow-wrap:break-word;max-width:24em}thead th,table.plain tbody th{color:var(--muted)}
-tr>:last-child{padding-right:0}.numeric th:not(:first-child),.numeric td{text-align:right}
-.numeric td{white-space:nowrap}.plain td{min-width:4em}.numeric th:first-child{max-width:10em}
-dl{margin:0}dt{color:var(--muted);font-size:.875rem}dd{margin:0 0 .7rem}
-code{font:.9rem/1.5 ui-monospace,monospace;background:var(--bg);padding:.15rem .45rem;border-radius:6px;
-border:1px solid var(--edge);display:inline-block;max-width:100%}code span{display:inline-block}
-details{border-top:1px solid var(--edge);padding:.5rem 0}summary{cursor:pointer}
-details>:last-child{margin:.5rem 0}@media print{body{background:#fff}section{break-inside:avoid}}
-"""

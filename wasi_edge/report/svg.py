@@ -17,6 +17,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import NamedTuple
 
 _FONT_SIZE = 13.0
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
@@ -36,11 +37,32 @@ THEME = """
 
 @dataclass(frozen=True)
 class Series:
-    """One curve; `ys` may hold None or NaN, which leave a gap."""
+    """One curve; `ys` may hold None or NaN, which leave a gap; `spreads` are drawn as upright strokes."""
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float | None]
+    spreads: Sequence[tuple[float, float] | None] = ()
+
+
+class Axis(NamedTuple):
+    """An axis from `low` to `high`, with its ticks and what they say."""
+
+    label: str
+    low: float
+    high: float
+    ticks: Sequence[tuple[float, str]]
+
+
+class Plane(NamedTuple):
+    """A drawn pair of axes: its SVG, where a value lies in it, and its edges."""
+
+    body: str
+    place: Callable[[float, float], tuple[float, float]]
+    left: float
+    right: float
+    top: float
+    bottom: float
 
 
 def printable(text: object) -> str:
@@ -97,43 +119,29 @@ def line_chart(
     label = f"{y_label} by {x_label}: {names}"
     width, plot_height = 420.0, 190.0
     if not points:
-        return _svg(width, 60, label, _text(width / 2, 34, "nothing to plot yet", anchor="middle"))
+        return drawing(width, 60, label, draw_text(width / 2, 34, "nothing to plot yet", anchor="middle"))
 
     xs = [x for x, _ in points]
-    x_low, x_high = _spread(min(xs), max(xs), padding=0.0)
+    x_low, x_high = widened(min(xs), max(xs), padding=0.0)
     values = [y for _, y in points] + [level for _, level in levels]
-    y_low, y_high = y_range if y_range is not None else _spread(min(values), max(values), padding=0.06)
+    values += [end for curve in series for spread in curve.spreads if spread for end in spread]
+    y_low, y_high = y_range if y_range is not None else widened(min(values), max(values), padding=0.06)
     y_high = y_high if y_high > y_low else y_low + 1.0
-    y_ticks = nice_ticks(y_low, y_high, 6)
-    legend, top = _legend(series, levels, width)
-    left = 32 + max(_text_width(number_text(tick)) for tick in y_ticks)
-    right, bottom = width - 14, top + plot_height
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        inside = min(max(y, y_low), y_high)
-        across = left + 6 + (x - x_low) / (x_high - x_low) * (right - left - 12)
-        return across, bottom - (inside - y_low) / (y_high - y_low) * plot_height
-
-    parts = [legend]
-    for tick in y_ticks:
-        _, y = place(x_low, tick)
-        parts.append(_line(left, y, right, y, "stroke:currentColor;stroke-opacity:.15"))
-        parts.append(_text(left - 6, y + 4.5, number_text(tick), anchor="end"))
-    for tick in nice_ticks(x_low, x_high, 6, whole=all(x == round(x) for x in xs)):
-        x, _ = place(tick, y_low)
-        parts.append(_line(x, bottom, x, bottom + 4, "stroke:currentColor;stroke-opacity:.5"))
-        parts.append(_text(x, bottom + 18, number_text(tick), anchor="middle"))
-    parts.append(_line(left, bottom, right, bottom, "stroke:currentColor;stroke-opacity:.5"))
-    parts.append(_text((left + right) / 2, bottom + 36, x_label, anchor="middle"))
-    middle = top + plot_height / 2
-    parts.append(_text(13, middle, y_label, anchor="middle", turn=-90))
+    entries = [(curve.name, f"stroke:{_colour(i)};stroke-width:2.2{_dash(i)}", i) for i, curve in enumerate(series)]
+    entries += [(f"{name} ({number_text(level)})", level_style(i), -1) for i, (name, level) in enumerate(levels)]
+    legend, top = draw_legend(entries, width)
+    x_ticks = nice_ticks(x_low, x_high, 6, whole=all(x == round(x) for x in xs))
+    x_axis = Axis(x_label, x_low, x_high, [(tick, number_text(tick)) for tick in x_ticks])
+    y_axis = Axis(y_label, y_low, y_high, [(tick, number_text(tick)) for tick in nice_ticks(y_low, y_high, 6)])
+    plane = draw_plane(x_axis, y_axis, width, top, plot_height)
+    parts = [legend, plane.body]
     for index, (name, level) in enumerate(levels):
-        _, y = place(x_low, level)
-        title = _title(f"{name}: {number_text(level)}")
-        parts.append(_line(left, y, right, y, _level_style(index), title))
+        _, y = plane.place(x_low, level)
+        title = draw_title(f"{name}: {number_text(level)}")
+        parts.append(draw_line(plane.left, y, plane.right, y, level_style(index), title))
     for index, curve in enumerate(series):
-        parts.append(_curve(curve, index, x_label, place))
-    return _svg(width, bottom + 44, label, "".join(parts))
+        parts.append(_curve(curve, index, x_label, plane.place))
+    return drawing(width, plane.bottom + 44, label, "".join(parts))
 
 
 def bar_chart(
@@ -149,14 +157,14 @@ def bar_chart(
     for row, (name, raw) in enumerate(bars):
         top, value = row * row_height, finite(raw)
         text = "–" if value is None else format_value(value)
-        room = width - _text_width(text) - 14
-        parts.append(_text(0, top + 15, _shorten(name, room), title=name))
-        parts.append(_text(width, top + 15, text, anchor="end"))
+        room = width - text_width(text) - 14
+        parts.append(draw_text(0, top + 15, shorten(name, room), title=name))
+        parts.append(draw_text(width, top + 15, text, anchor="end"))
         parts.append(_rect(0, top + 21, width, 8, "fill:currentColor;fill-opacity:.1"))
         if value is not None and value > 0:
             bar = value / highest * width
             parts.append(_rect(0, top + 21, bar, 8, f"fill:{_colour(0)}", f"{name}: {text}"))
-    return _svg(width, max(1, len(bars)) * row_height, label, "".join(parts))
+    return drawing(width, max(1, len(bars)) * row_height, label, "".join(parts))
 
 
 def confusion_matrix(matrix: Sequence[Sequence[float]], classes: Sequence[str]) -> str:
@@ -169,7 +177,7 @@ def confusion_matrix(matrix: Sequence[Sequence[float]], classes: Sequence[str]) 
     names = [str(classes[i]) if i < len(classes) else f"class {i}" for i in range(count)]
     cell = min(64.0, max(15.0, 400.0 / max(1, count)))
     size = min(12.0, cell * 0.72)
-    longest = min(112.0, max((_text_width(name, size) for name in names), default=0.0))
+    longest = min(112.0, max((text_width(name, size) for name in names), default=0.0))
     turned = longest > cell - 6
     left = 24 + longest + 6
     top = (longest * 0.72 if turned else 0.0) + size + 8
@@ -179,16 +187,16 @@ def confusion_matrix(matrix: Sequence[Sequence[float]], classes: Sequence[str]) 
     total = sum(_at(matrix, i, j) for i in range(count) for j in range(count))
 
     parts = [
-        _text(left + count * cell / 2, bottom + 19, "what the model said", anchor="middle"),
-        _text(13, (top + bottom) / 2, "what it really is", anchor="middle", turn=-90),
+        draw_text(left + count * cell / 2, bottom + 19, "what the model said", anchor="middle"),
+        draw_text(13, (top + bottom) / 2, "what it really is", anchor="middle", turn=-90),
     ]
     for i, name in enumerate(names):
-        short, centre = _shorten(name, longest, size), (i + 0.5) * cell
-        parts.append(_text(left - 6, top + centre + size * 0.35, short, "end", size, title=name))
+        short, centre = shorten(name, longest, size), (i + 0.5) * cell
+        parts.append(draw_text(left - 6, top + centre + size * 0.35, short, "end", size, title=name))
         if turned:
-            parts.append(_text(left + centre + size * 0.3, top - 5, short, "start", size, -45, name))
+            parts.append(draw_text(left + centre + size * 0.3, top - 5, short, "start", size, -45, name))
         else:
-            parts.append(_text(left + centre, top - 6, short, "middle", size, title=name))
+            parts.append(draw_text(left + centre, top - 6, short, "middle", size, title=name))
         row_total = sum(_at(matrix, i, j) for j in range(count))
         for j, said in enumerate(names):
             value = _at(matrix, i, j)
@@ -203,12 +211,37 @@ def confusion_matrix(matrix: Sequence[Sequence[float]], classes: Sequence[str]) 
                 ink = "var(--on-shade,#fff)" if shade > 0.55 else "currentColor"
                 faint = ";opacity:.35" if value <= 0 else ""
                 style = f"fill:{ink};pointer-events:none{faint}"
-                parts.append(_text(x + cell / 2, y + cell / 2 + 4.5, number_text(value), "middle", style=style))
+                parts.append(draw_text(x + cell / 2, y + cell / 2 + 4.5, number_text(value), "middle", style=style))
     label = f"Confusion matrix of {count} classes: {number_text(right_count)} of {number_text(total)} right"
-    return _svg(width, bottom + 28, label, "".join(parts), least_width=min(width, 16.0 * count + longest))
+    return drawing(width, bottom + 28, label, "".join(parts), least_width=min(width, 16.0 * count + longest))
 
 
 # ---- pieces ----------------------------------------------------------------------------------
+
+
+def draw_plane(x_axis: Axis, y_axis: Axis, width: float, top: float, height: float) -> Plane:
+    """Ticks, grid and names of two axes; a value beyond the y axis is placed on its edge."""
+    left = 32 + max((text_width(text) for _, text in y_axis.ticks), default=0.0)
+    right, bottom = width - 14, top + height
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        inside = min(max(y, y_axis.low), y_axis.high)
+        across = left + 6 + (x - x_axis.low) / (x_axis.high - x_axis.low) * (right - left - 12)
+        return across, bottom - (inside - y_axis.low) / (y_axis.high - y_axis.low) * height
+
+    parts = []
+    for tick, text in y_axis.ticks:
+        _, y = place(x_axis.low, tick)
+        parts.append(draw_line(left, y, right, y, "stroke:currentColor;stroke-opacity:.15"))
+        parts.append(draw_text(left - 6, y + 4.5, text, anchor="end"))
+    for tick, text in x_axis.ticks:
+        x, _ = place(tick, y_axis.low)
+        parts.append(draw_line(x, bottom, x, bottom + 4, "stroke:currentColor;stroke-opacity:.5"))
+        parts.append(draw_text(x, bottom + 18, text, anchor="middle"))
+    parts.append(draw_line(left, bottom, right, bottom, "stroke:currentColor;stroke-opacity:.5"))
+    parts.append(draw_text((left + right) / 2, bottom + 36, x_axis.label, anchor="middle"))
+    parts.append(draw_text(13, top + height / 2, y_axis.label, anchor="middle", turn=-90))
+    return Plane("".join(parts), place, left, right, top, bottom)
 
 
 def _points(curve: Series) -> list[tuple[float, float | None]]:
@@ -231,36 +264,36 @@ def _curve(curve: Series, index: int, x_label: str, place: Callable[[float, floa
         known.append((x, y))
     style = f"fill:none;stroke:{_colour(index)};stroke-width:2.2;stroke-linejoin:round"
     parts = [f'<path d="{"".join(steps)}" style="{style}{_dash(index)}"/>'] if steps else []
+    for (x, _), spread in zip(_points(curve), curve.spreads, strict=False):
+        if spread:
+            (px, low), (_, high) = place(x, spread[0]), place(x, spread[1])
+            parts.append(draw_line(px, low, px, high, f"stroke:{_colour(index)};stroke-width:5;stroke-opacity:.35"))
     every = math.ceil(len(known) / _MAX_MARKERS)
     for x, y in known[::every] if every else []:
         title = f"{curve.name}: {number_text(y)} ({x_label} {number_text(x)})"
-        parts.append(_marker(*place(x, y), index, title, hidden=every > 1))
+        parts.append(draw_marker(*place(x, y), index, title, hidden=every > 1))
     return "".join(parts)
 
 
-def _legend(series: Sequence[Series], levels: Sequence[tuple[str, float]], width: float) -> tuple[str, float]:
-    """The legend, wrapped over as many rows as it needs, and where the plot below it begins."""
-    entries = [(curve.name, f"stroke:{_colour(i)};stroke-width:2.2{_dash(i)}", i) for i, curve in enumerate(series)]
-    entries += [
-        (f"{name} ({number_text(level)})", _level_style(i), -1) for i, (name, level) in enumerate(levels)
-    ]  # fmt: skip
+def draw_legend(entries: Sequence[tuple[str, str, int]], width: float) -> tuple[str, float]:
+    """(name, line style, marker or -1) wrapped over as many rows as needed, and where the plot below begins."""
     parts, x, y = [], 4.0, 14.0
     for name, style, index in entries:
-        text = _shorten(name, width - 50)
-        needed = 32 + _text_width(text) + 16
+        text = shorten(name, width - 50)
+        needed = 32 + text_width(text) + 16
         if x > 4 and x + needed > width:
             x, y = 4.0, y + 20
-        parts.append(_line(x, y - 4, x + 26, y - 4, style))
-        parts.append(_marker(x + 13, y - 4, index) if index >= 0 else "")
-        parts.append(_text(x + 32, y + 0.5, text, title=name))
+        parts.append(draw_line(x, y - 4, x + 26, y - 4, style))
+        parts.append(draw_marker(x + 13, y - 4, index) if index >= 0 else "")
+        parts.append(draw_text(x + 32, y + 0.5, text, title=name))
         x += needed
     return "".join(parts), y + 18
 
 
-def _marker(x: float, y: float, index: int, title: str = "", hidden: bool = False) -> str:
+def draw_marker(x: float, y: float, index: int, title: str = "", hidden: bool = False) -> str:
     """A circle, square, diamond or triangle, by series; `hidden` ones only carry the tooltip."""
     style = f"fill:{_colour(index)}" + (";opacity:0" if hidden else "")
-    body = _title(title) if title else ""
+    body = draw_title(title) if title else ""
     if hidden or index % 4 == 0:
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{6 if hidden else 3.6}" style="{style}">{body}</circle>'
     corners = {
@@ -272,7 +305,7 @@ def _marker(x: float, y: float, index: int, title: str = "", hidden: bool = Fals
     return f'<polygon points="{points}" style="{style}">{body}</polygon>'
 
 
-def _svg(width: float, height: float, label: str, body: str, least_width: float = 0.0) -> str:
+def drawing(width: float, height: float, label: str, body: str, least_width: float = 0.0) -> str:
     """The outer element: scales down to any width, up to half as large again."""
     least = f";min-width:{least_width:.0f}px" if least_width else ""
     style = f"width:100%;max-width:{1.5 * width:.0f}px{least};height:auto;font-family:inherit,sans-serif"
@@ -282,7 +315,7 @@ def _svg(width: float, height: float, label: str, body: str, least_width: float 
     )
 
 
-def _text(
+def draw_text(
     x: float,
     y: float,
     text: str,
@@ -293,24 +326,24 @@ def _text(
     style: str = "fill:currentColor",
 ) -> str:
     rotation = f' transform="rotate({turn:g} {x:.1f} {y:.1f})"' if turn else ""
-    tooltip = _title(title) if title and title != text else ""
+    tooltip = draw_title(title) if title and title != text else ""
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" text-anchor="{anchor}" style="{style}"'
         f"{rotation}>{escape(text)}{tooltip}</text>"
     )
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, style: str, body: str = "") -> str:
+def draw_line(x1: float, y1: float, x2: float, y2: float, style: str, body: str = "") -> str:
     place = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
     return f'<line {place} style="{style}">{body}</line>' if body else f'<line {place} style="{style}"/>'
 
 
 def _rect(x: float, y: float, width: float, height: float, style: str, tooltip: str = "") -> str:
     place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
-    return f'<rect {place} style="{style}">{_title(tooltip) if tooltip else ""}</rect>'
+    return f'<rect {place} style="{style}">{draw_title(tooltip) if tooltip else ""}</rect>'
 
 
-def _title(text: str) -> str:
+def draw_title(text: str) -> str:
     return f"<title>{escape(text)}</title>"
 
 
@@ -324,7 +357,7 @@ def _dash(index: int) -> str:
     return f";stroke-dasharray:{pattern}" if pattern else ""
 
 
-def _level_style(index: int) -> str:
+def level_style(index: int) -> str:
     pattern = ("10 4", "3 4", "10 4 3 4")[index % 3]
     return f"stroke:currentColor;stroke-width:1.5;stroke-opacity:.75;stroke-dasharray:{pattern}"
 
@@ -334,7 +367,7 @@ def _at(matrix: Sequence[Sequence[float]], i: int, j: int) -> float:
     return finite(row[j]) or 0.0 if j < len(row) else 0.0
 
 
-def _spread(low: float, high: float, padding: float) -> tuple[float, float]:
+def widened(low: float, high: float, padding: float) -> tuple[float, float]:
     """[low, high] widened by `padding` of itself on both sides, and never empty."""
     if low == high:
         return low - 0.5, high + 0.5
@@ -342,16 +375,16 @@ def _spread(low: float, high: float, padding: float) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _text_width(text: str, size: float = _FONT_SIZE) -> float:
+def text_width(text: str, size: float = _FONT_SIZE) -> float:
     """Roughly how wide a sans-serif sets `text`; East Asian wide characters take a full em."""
     wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
     return size * (0.56 * (len(text) - wide) + wide)
 
 
-def _shorten(text: str, room: float, size: float = _FONT_SIZE) -> str:
+def shorten(text: str, room: float, size: float = _FONT_SIZE) -> str:
     """`text`, or as much of it as fits into `room` with an ellipsis."""
-    if _text_width(text, size) <= room + 1e-6:
+    if text_width(text, size) <= room + 1e-6:
         return text
-    while text and _text_width(text + "…", size) > room:
+    while text and text_width(text + "…", size) > room:
         text = text[:-1]
     return text + "…"
