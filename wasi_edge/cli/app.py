@@ -19,6 +19,7 @@ import typer.main
 
 from wasi_edge import __version__
 from wasi_edge.cli import console
+from wasi_edge.cli.bench import bench
 from wasi_edge.cli.convert import convert
 from wasi_edge.cli.evaluate import evaluate
 from wasi_edge.cli.finetune import finetune
@@ -39,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for _command in (finetune, predict, evaluate, convert, info):
+for _command in (finetune, predict, evaluate, convert, info, bench):
     app.command()(_command)
 
 

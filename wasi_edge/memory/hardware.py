@@ -79,14 +79,8 @@ def throttled() -> dict[str, Any] | None:
 
     `{"raw": "0x50000", "now": [...], "since_boot": [...]}`: bits 0-3 hold now, 16-19 since boot.
     """
-    command = shutil.which("vcgencmd")
-    if command is None:
-        return None
-    try:
-        answer = subprocess.run([command, "get_throttled"], capture_output=True, text=True, timeout=2, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    match = re.search(r"throttled=(0x[0-9a-fA-F]+)", answer.stdout)
+    answer = _firmware("get_throttled")
+    match = re.search(r"throttled=(0x[0-9a-fA-F]+)", answer or "")
     if match is None:
         return None
     bits = int(match[1], 16)
@@ -95,6 +89,34 @@ def throttled() -> dict[str, Any] | None:
         "now": [name for bit, name in enumerate(_THROTTLE_BITS) if bits >> bit & 1],
         "since_boot": [name for bit, name in enumerate(_THROTTLE_BITS) if bits >> (bit + 16) & 1],
     }
+
+
+def governor(system: Path = SYSTEM) -> str | None:
+    """What governs the clock of the first CPU, such as 'ondemand' or 'performance'; None where nothing says so."""
+    return _read_text(system / "devices/system/cpu/cpu0/cpufreq/scaling_governor")
+
+
+def power_watts() -> float | None:
+    """Power drawn through the rails of a Raspberry Pi 5's PMIC now; None on other machines."""
+    answer = _firmware("pmic_read_adc")
+    if answer is None:
+        return None
+    readings = dict(re.findall(r"(\w+_[AV]) \w+\(\d+\)=([\d.]+)[AV]", answer))
+    rails = {name[:-2] for name in readings if name.endswith("_A")}
+    pairs = [(readings[f"{rail}_A"], readings.get(f"{rail}_V")) for rail in rails]
+    powers = [float(current) * float(voltage) for current, voltage in pairs if voltage is not None]
+    return sum(powers) if powers else None
+
+
+def _firmware(question: str) -> str | None:
+    """What the Raspberry Pi's firmware answers; None where there is none."""
+    command = shutil.which("vcgencmd")
+    if command is None:
+        return None
+    try:
+        return subprocess.run([command, question], capture_output=True, text=True, timeout=2, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 def _cpu_name(proc: Path) -> str | None:

@@ -1,0 +1,165 @@
+"""One method, ready to take training steps and to answer: what the stopwatch and the memory probe hold in hands.
+
+Every contestant gets the same pixels, in memory, and the same effective batch. A step is all of it: forward, backward,
+clipping, update, upkeep of the subspaces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wasi_edge.bench.subject import CLASSES, Subject
+from wasi_edge.errors import UsageError
+from wasi_edge.layers.linear import LinearKinds
+from wasi_edge.method import Method
+from wasi_edge.models.lora import build_lora
+from wasi_edge.models.vanilla import build_vanilla
+from wasi_edge.models.vit import build_vit
+from wasi_edge.planner.choices import Choices
+from wasi_edge.training.defaults import LORA_RANK
+from wasi_edge.training.trainer import FrozenTrainer, Recipe, SubspaceTrainer, Trainer
+from wasi_edge.training.vanilla_trainer import LoraTrainer, VanillaTrainer
+from wasi_edge.units import parse_size
+
+# steps so small that a thousand of them change nothing; clipping and decay at work all the same
+_RECIPE = Recipe(1e-6, 1e-6, 1e-6, 0.01, 1.0, 0.1)
+_CHECKPOINT = "+checkpoint"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as it is named on the command line: `wasi@512MB`, `vanilla+checkpoint`, `lora`.
+
+    `epsilon` None where weights are dense; `budget_bytes` None where memory does not matter.
+    """
+
+    name: str
+    method: Method
+    epsilon: float | None = None
+    budget_bytes: int | None = None
+
+    @property
+    def is_checkpointed(self) -> bool:
+        """Whether blocks run forward twice instead of keeping what they need."""
+        return self.name.endswith(_CHECKPOINT)
+
+
+def parse_methods(text: str, epsilons: tuple[float, ...]) -> list[Entry]:
+    """Entries of a comma-separated list, those with factors once for each epsilon; vanilla comes first, always.
+
+    Raises UsageError for a name that is none.
+    """
+    entries = [Entry("vanilla", Method.VANILLA)]
+    for name in dict.fromkeys(word.strip() for word in text.split(",")):
+        match = re.fullmatch(r"(\w+)(\+checkpoint)?(?:@(\w+))?", name)
+        try:
+            method = Method(match[1] if match else "")
+        except ValueError:
+            known = ", ".join([*Method, "vanilla+checkpoint", "wasi@512MB"])
+            raise UsageError(f"--methods: {name!r} is none of {known}") from None
+        assert match is not None
+        if (match[2] and method is not Method.VANILLA) or (match[3] and not method.is_explicit):
+            raise UsageError(f"--methods: {name!r}: +checkpoint is for vanilla, @budget for wasi, wsi and asi")
+        budget = None if match[3] is None else parse_size(match[3])
+        for epsilon in epsilons if method.has_factors else (None,):
+            entries.append(Entry(name, method, epsilon, budget))
+    return list(dict.fromkeys(entries))
+
+
+class Contestant:
+    """`entry` built on `subject` with the choices of a plan, for steps of `batch` photos."""
+
+    def __init__(self, subject: Subject, entry: Entry, choices: Choices, batch: int, seed: int) -> None:
+        self.entry, self.choices, self.batch = entry, choices, batch
+        self._trainer = _build(subject, entry, choices, seed)
+        generator = torch.Generator().manual_seed(seed)
+        size = subject.image_size
+        self._pixels = torch.randn(batch, 3, size, size, generator=generator)
+        self._labels = torch.randint(0, CLASSES, (batch,), generator=generator)
+        self._weight = torch.ones(batch)
+        self._steps = 0
+
+    @property
+    def learns(self) -> bool:
+        """Whether a training step is more than a forward pass."""
+        return self.entry.method is not Method.HEAD
+
+    def step(self) -> None:
+        """One optimiser step; of `head` the pass that its closed form needs of each photo."""
+        if not self.learns:
+            self._for_parts(self._trainer.features)
+            return
+        self.passes(refresh=True)
+        self.update()
+
+    def passes(self, refresh: bool) -> None:
+        """Forward and backward of all photos; `refresh` False leaves the subspaces alone."""
+        size = self.choices.micro_batch
+        for first in range(0, self.batch, size):
+            part = slice(first, first + size)
+            self._trainer.micro_batch(
+                self._pixels[part], self._labels[part], self._weight[part], refresh and first == 0, self.batch
+            )
+
+    def update(self) -> None:
+        """The update alone, of gradients that are there."""
+        self._steps += 1
+        self._trainer.apply(self._steps, 1.0)
+
+    def forget(self) -> None:
+        """Gradients that are there are not used."""
+        self._trainer.abandon()
+
+    def infer(self) -> None:
+        """Logits of all photos."""
+        self._for_parts(self._trainer.logits)
+
+    def counts(self) -> tuple[int, int]:
+        """Parameters that learn, and parameters that are stored."""
+        stored = sum(value.numel() for value in self._trainer.parameters().values())
+        if isinstance(self._trainer, VanillaTrainer):
+            return sum(p.numel() for p in self._trainer.model.parameters() if p.requires_grad), stored
+        if not self.learns:
+            return sum(v.numel() for k, v in self._trainer.parameters().items() if k.startswith("head.")), stored
+        return stored, stored
+
+    def _for_parts(self, work: Any) -> None:
+        with torch.no_grad():
+            for part in self._pixels.split(max(1, self.choices.micro_batch)):
+                work(part)
+
+
+def free_choices(batch: int, depth: int, gradient_rank: int) -> Choices:
+    """With all the memory it likes: everything at once, nothing rounded, nothing rebuilt."""
+    return Choices(micro_batch=batch, trained_blocks=depth, gradient_rank=gradient_rank, compact=False)
+
+
+def choices_from(values: dict[str, Any]) -> Choices:
+    """The inverse of `Choices.choices`."""
+    return Choices(**{field.name: values[field.name] for field in dataclasses.fields(Choices)})
+
+
+def _build(subject: Subject, entry: Entry, choices: Choices, seed: int) -> Trainer:
+    geometry, size, method = subject.geometry, subject.image_size, entry.method
+    read = subject.reader(entry.epsilon)
+    if method is Method.VANILLA:
+        model = build_vanilla(geometry, read, size, CLASSES, checkpointed=entry.is_checkpointed)
+        return VanillaTrainer(model, _RECIPE)
+    if method is Method.LORA:
+        return LoraTrainer(build_lora(geometry, read, size, CLASSES, LORA_RANK, seed), _RECIPE)
+
+    def held(name: str) -> Tensor:
+        value = read(name)
+        return value.half() if choices.weight_bits == 16 and name.endswith((".left", ".right")) else value
+
+    ranks = subject.ranks(entry.epsilon)
+    network = build_vit(geometry, ranks, held, size, head=True, kinds=LinearKinds.of(method))
+    if method is Method.HEAD:
+        return FrozenTrainer(network)
+    return SubspaceTrainer(network, _RECIPE, choices.keeps(), choices.gradient_rank, seed, None, choices.carried_grams)

@@ -1,0 +1,154 @@
+"""Floating-point operations of a training step and of a forward pass, by arithmetic over shapes. No torch.
+
+Two counts that must not be mixed:
+
+`step_flops` counts the matrix products that our engine and a vanilla network really do, upkeep included: what the
+bounds of `bench` are made of (the ratio that a step would reach if products were all there is). A product of (m, k) and
+(k, n) is 2 m k n. Norms, GELU, softmax and copies are left out: they are the distance between bound and reality.
+
+`paper_count` counts linear layers only, as arXiv 2510.09160 prints it: elements of weights and saved inputs times four
+bytes, and its FLOP formulas. Its weight gradient is printed in multiply-adds. It says nothing about process memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from wasi_edge.method import Method
+from wasi_edge.models.geometry import ViTGeometry
+
+# products of attention forward (scores, mix), and backward with the scores computed again
+_FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
+# flops of a (K, K) product's worth in one WSI step: H G, LU, Cholesky, and in the updates of G and H
+_CUBES = 2 + 2 / 3 + 1 / 3
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one image: the passes of a training step, what keeps subspaces and weights current, a forward pass alone."""
+
+    train: float
+    upkeep: float
+    infer: float
+
+
+def step_flops(
+    geometry: ViTGeometry,
+    image_size: int,
+    ranks: Mapping[str, int | None],
+    method: Method,
+    gradient_rank: int,
+    batch: int,
+    checkpointed: bool = False,
+    lora_rank: int = 0,
+) -> Flops:
+    """Of `method` with an effective batch of `batch`; `ranks` None where dense. AdamW of dense weights counts nothing:
+    it is no product. With `checkpointed` every block runs forward twice."""
+    tokens = geometry.tokens(image_size)
+    patches = tokens - int(geometry.class_token)
+    stem = 2 * patches * geometry.channels * geometry.patch_size**2 * geometry.width
+    attention = 2 * tokens * tokens * geometry.width * geometry.depth  # one product of all heads
+    linears = list(_shapes(geometry, ranks))
+    forward = sum(2 * tokens * _weight(out, inner, rank) for _, out, inner, rank in linears)
+    infer = stem + forward + _FORWARD_PRODUCTS * attention
+    if method is Method.HEAD:
+        return Flops(infer, 0.0, infer)
+    passes = 2 * forward + (_FORWARD_PRODUCTS + _BACKWARD_PRODUCTS) * attention + stem
+    passes += infer - stem if checkpointed else 0
+    if method is Method.VANILLA:
+        return Flops(passes + forward + stem, 0.0, infer)
+    if method is Method.LORA:
+        # x A^T and h B^T of queries and values: forward, and backward with respect to both operands
+        updates = geometry.depth * 2 * 3 * 2 * tokens * 2 * geometry.width * lora_rank
+        return Flops(passes + updates, 0.0, infer)
+    gradients = sum(2 * tokens * (inner + out) * min(gradient_rank, inner) for _, out, inner, _ in linears)
+    upkeep = sum(
+        _refresh(method, tokens, out, inner, min(gradient_rank, inner))
+        + _update(out, inner, rank, gradient_rank) / batch
+        for _, out, inner, rank in linears
+    )
+    return Flops(passes + gradients + stem, upkeep, infer)
+
+
+def bound(vanilla: float, other: float) -> float:
+    """How many times as fast the other is if products alone take time."""
+    return vanilla / other
+
+
+def paper_count(
+    geometry: ViTGeometry,
+    image_size: int,
+    ranks: Mapping[str, int | None],
+    method: Method,
+    gradient_rank: int,
+    batch: int,
+) -> dict[str, float]:
+    """`train_flops`, `infer_flops`, `upkeep_flops` of a step of `batch` images, `memory_bytes`, and `memory_ratio` to
+    vanilla, of linear layers alone. Inputs are compressed in their last mode, as ours are (r1 = B, r2 = N)."""
+    tokens = geometry.tokens(image_size)
+    compresses, rows = method in (Method.WASI, Method.ASI), batch * tokens
+    train = infer = upkeep = memory = vanilla_memory = 0.0
+    for _, out, inner, rank in _shapes(geometry, ranks):
+        r = min(gradient_rank, inner)
+        if rank is None:
+            forward, backward = rows * out * (2 * inner - 1), rows * inner * (2 * out - 1)
+            weights = out * inner
+        else:
+            forward = rows * rank * (2 * inner - 1) + rows * out * (2 * rank - 1)
+            backward = 2 * rows * rank * (out + inner)
+            weights = rank * (out + inner)
+            upkeep += _iteration(out, inner, rank) if method is not Method.HEAD else 0
+        infer += forward
+        if method is Method.HEAD:
+            train += forward
+            memory += weights
+        elif compresses:
+            # multiply-adds as printed, with r1 = B, r2 = N, r3 = r
+            gradient = batch * tokens * out * batch + batch * tokens * r * tokens + batch * r * inner * tokens
+            train += forward + backward + 2 * (gradient + inner * out * tokens * batch)
+            upkeep += _iteration(inner, rows, r)
+            memory += batch * tokens * r + inner * r + weights
+        else:
+            train += forward + backward + (0 if method is Method.LORA else out * inner * (2 * rows - 1))
+            memory += rows * inner + weights
+        vanilla_memory += rows * inner + out * inner
+    return {
+        "train_flops": train,
+        "infer_flops": infer,
+        "upkeep_flops": upkeep,
+        "memory_bytes": 4 * memory,
+        "memory_ratio": memory / vanilla_memory,
+    }
+
+
+def _shapes(geometry: ViTGeometry, ranks: Mapping[str, int | None]) -> Iterator[tuple[str, int, int, int | None]]:
+    for name, (out, inner) in geometry.linear_shapes().items():
+        yield name, out, inner, ranks[name]
+
+
+def _weight(out: int, inner: int, rank: int | None) -> int:
+    """Multiply-adds of one token."""
+    return out * inner if rank is None else rank * (out + inner)
+
+
+def _refresh(method: Method, tokens: int, out: int, inner: int, r: int) -> float:
+    """One warm iteration of U: x^T (x U); where x is kept, dW^T (dW U) without forming dW."""
+    products = 4 * tokens * inner * r
+    return products + 4 * tokens * out * r if method is Method.WSI else products
+
+
+def _update(out: int, inner: int, rank: int | None, gradient_rank: int) -> float:
+    """One step of the weight: momentum to its new basis and its polar factor, then the exact WSI step
+    (`subspace/weight.py`) or the product added to a dense weight."""
+    r = min(gradient_rank, inner)
+    carry = 2 * r * r * (inner + 3 * out)
+    if rank is None:
+        return carry + 2 * out * inner * r
+    thin = 2 * rank * r * (2 * out + 3 * inner)  # L^T P, R U, L + P E, F, R + X F
+    return carry + thin + _CUBES * rank**3 + 2 * 9 * rank * rank * r
+
+
+def _iteration(a: int, b: int, r: int) -> float:
+    """One subspace iteration of an (a, b) matrix at rank r, as the paper counts it."""
+    return a * r * (2 * b - 1) + b * r * (2 * a - 1) + 2 * max(a, r) * min(a, r) ** 2
