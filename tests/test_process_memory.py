@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from wasi_edge.memory import hardware as hardware_module
-from wasi_edge.memory.hardware import physical_cores, temperature_celsius, throttled
+from wasi_edge.memory.hardware import physical_cores, power_watts, temperature_celsius, throttled
 from wasi_edge.memory.process import (
     MOST_SAMPLES,
     MemoryWatch,
@@ -228,6 +228,17 @@ def test_hardware_threads_of_one_core_count_once(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(hardware_module.os, "sched_getaffinity", lambda _: {0, 4}, raising=False)
     assert physical_cores(tmp_path) == 1
     assert physical_cores(tmp_path / "nowhere") == 2
+
+
+def test_power_is_the_sum_over_the_rails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert power_watts() is None
+    command = tmp_path / "vcgencmd"
+    readings = ("3V3_SYS_A current(1)=0.5A", "VDD_CORE_A current(7)=2.0A", "3V3_SYS_V volt(9)=3.3V")
+    rest = ("VDD_CORE_V volt(15)=0.75V", "EXT5V_V volt(24)=5.1V")
+    command.write_text("#!/bin/sh\n" + "".join(f"echo '  {line}'\n" for line in (*readings, *rest)))
+    command.chmod(0o755)
+    assert power_watts() == pytest.approx(0.5 * 3.3 + 2.0 * 0.75)
 
 
 def test_throttling_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ allocator's settings of a real run, autograd's under those of the C library, whi
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -56,8 +55,8 @@ def _main() -> int:
     torch.set_grad_enabled(False)
     if method.is_explicit:
         release_library_pages()
-    known = {field.name for field in dataclasses.fields(Entry)}
-    entry = Entry(**{k: method if k == "method" else v for k, v in question["entry"].items() if k in known})
+    asked = question["entry"]
+    entry = Entry(asked["name"], method, asked["epsilon"], asked["budget_bytes"])
     contestant = Contestant(
         find_subject(question["model"], question["image_size"]),
         entry,

@@ -176,7 +176,7 @@ def _measure_batch(
         }
         row = _row(request, subject, entry, batch, train[key], infer[key])
         error, by_kind = errors.get((entry.method, entry.epsilon), (None, None))
-        is_planned = entry.budget_bytes is not None
+        is_planned, power = entry.budget_bytes is not None, watts[key]
         row |= {
             "upkeep_fraction": upkeep[key],
             "gradient_error": error,
@@ -184,8 +184,8 @@ def _measure_batch(
             "peak_rss_bytes": measure_peak(question),
             "trainable_parameters": counts[key][0],
             "stored_parameters": counts[key][1],
-            "watts": watts[key],
-            "joules_per_image": None if watts[key] is None else watts[key] * train[key].median_seconds / batch,
+            "watts": power,
+            "joules_per_image": None if power is None else power * train[key].median_seconds / batch,
             "plan": chosen[key].choices() if is_planned else None,
         }
         rows.append(row)
