@@ -3,9 +3,9 @@
     python benchmarks/tucker_saving.py --photos ../shared/data/clothing
 
 A linear keeps z = x U (B, N, r). The full Tucker form keeps a core (B, r2, r) and a factor (N, r2) instead. This
-prints, for shares r2 / N, the relative error of the weight gradient with z compressed so, beside that of z alone, mean over all
-linears of the embedded model on a batch of 16 photos (factors from the batch itself: the best case), and the bytes that
-it saves of those a compact block keeps. The last line is JSON.
+prints, for shares r2 / N, the relative error that it adds to the weight gradient, mean over all linears of the model on
+a batch of 16 photos (factors from the batch itself: the best case), and the bytes that it saves of those a compact
+block keeps. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -100,12 +100,13 @@ def _run_child(question: str, stop_wanted: Callable[[], bool]) -> tuple[str, str
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
         start_new_session=True,
     )
+    unsent: str | None = question
     try:
         while not stop_wanted():
             try:
-                return child.communicate(question, timeout=_POLL_SECONDS)
+                return child.communicate(unsent, timeout=_POLL_SECONDS)
             except subprocess.TimeoutExpired:
-                continue  # what was sent and read so far is remembered
+                unsent = None  # what was sent and read so far is remembered
         raise Interrupted("stopped before anything was begun")
     finally:
         if child.poll() is None:
