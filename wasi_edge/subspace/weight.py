@@ -81,10 +81,9 @@ def pack_grams(left_gram: Tensor, right_gram: Tensor, out: Tensor | None = None)
     """
     rank = left_gram.shape[0]
     packed = left_gram.new_empty(rank, rank + 1) if out is None else out
-    packed[:, :rank].copy_(left_gram)
-    # row by row what lies above the diagonal of the (K, K + 1) matrix
-    above = torch.ones(rank, rank, dtype=torch.bool, device=packed.device).triu_()
-    packed[:, 1:].masked_scatter_(above, right_gram.masked_select(above))
+    packed[:, :rank].copy_(left_gram.tril())
+    packed[:, rank].zero_()
+    packed[:, 1:].add_(right_gram.triu())  # where there is nothing yet but zeros
     return packed
 
 
