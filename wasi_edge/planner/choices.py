@@ -59,18 +59,15 @@ class Choices:
     weight_bits: int = 32
     reused_heap: bool = True
 
+    def count_keeps(self) -> dict[Keep, int]:
+        """How many trained blocks keep what, from the first of them to the last; those that none keeps are left out."""
+        ends = (self.trained_blocks, self.rebuilt_attention, self.rebuilt_branches, self.recomputed_blocks, 0)
+        counts = {Keep(level, self.compact): ends[level] - ends[level + 1] for level in Rebuild}
+        return {keep: count for keep, count in counts.items() if count}
+
     def keeps(self) -> tuple[Keep, ...]:
         """What each trained block keeps, in the order of the forward pass."""
-        from_end = (
-            (self.recomputed_blocks, Rebuild.BLOCK),
-            (self.rebuilt_branches, Rebuild.BRANCHES),
-            (self.rebuilt_attention, Rebuild.ATTENTION),
-        )
-        levels = [
-            next((level for count, level in from_end if place < count), Rebuild.NOTHING)
-            for place in reversed(range(self.trained_blocks))
-        ]
-        return tuple(Keep(level, self.compact) for level in levels)
+        return tuple(keep for keep, count in self.count_keeps().items() for _ in range(count))
 
     def gradient_error(self) -> float | None:
         """About how far these choices move the gradient of the linears, relative to its norm, each as if independent of

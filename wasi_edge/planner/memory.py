@@ -7,8 +7,9 @@ block and token is the table in `keep.py`; tests compare it with the engine. Wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from wasi_edge.chunks import EVALUATION_BATCH, GELU_ROWS, HEAD_ROWS, NORM_ROWS, UPDATE_MATRICES
 from wasi_edge.keep import kept_bytes_per_token, rebuilt_bytes_per_token
@@ -46,14 +47,12 @@ def largest_linear_bytes(load: Workload) -> int:
 
 def subspace_bytes(load: Workload, choices: Choices) -> int:
     """(O, r) and (I, r) of every trained linear: a gradient P with its basis U, or a momentum with its own."""
-    return sum(
-        (out + inner) * min(choices.gradient_rank, inner) * FLOAT for out, inner, _ in _trained_linears(load, choices)
-    )
+    return _trained_sizes(load, choices).subspaces
 
 
 def gram_bytes(load: Workload, choices: Choices) -> int:
     """The Gram matrices of the trained factors, two symmetric float64 (K, K) packed in one."""
-    return sum(rank * (rank + 1) * 2 * FLOAT for _, _, rank in _trained_linears(load, choices))
+    return _trained_sizes(load, choices).grams
 
 
 def update_state_bytes(load: Workload, choices: Choices) -> int:
@@ -71,13 +70,13 @@ def update_scratch_bytes(linears: Iterable[tuple[int, int, int]]) -> int:
 
 def kept_bytes(load: Workload, choices: Choices) -> int:
     """What all trained blocks keep for each token, and what the one at work rebuilds."""
-    geometry, keeps = load.geometry, choices.keeps()
+    geometry = load.geometry
     # whole inputs are as many numbers as those compressed to their own width
     rank = geometry.mlp_width if load.method is Method.WSI else choices.gradient_rank
     shape = geometry.width, geometry.mlp_width, geometry.heads, rank
-    kept = {keep: kept_bytes_per_token(keep, *shape) for keep in set(keeps)}
-    rebuilt = (rebuilt_bytes_per_token(keep, *shape) for keep in set(keeps))
-    return sum(kept[keep] for keep in keeps) + max(rebuilt, default=0)
+    counts = choices.count_keeps()
+    kept = sum(count * kept_bytes_per_token(keep, *shape) for keep, count in counts.items())
+    return kept + max((rebuilt_bytes_per_token(keep, *shape) for keep in counts), default=0)
 
 
 def forward_bytes_per_token(load: Workload) -> int:
@@ -110,7 +109,7 @@ def scratch_bytes(load: Workload, micro_batch: int, compact: bool) -> int:
     rows = min(micro_batch * load.tokens, GELU_ROWS)
     few = 2 * load.geometry.mlp_width * rows if compact else 0
     if load.geometry.layer_scale:
-        few += max(rank * out for block in load.linears for out, _, rank in block)
+        few += load.largest_left
     return FLOAT * few + fresh_bytes(load, micro_batch)
 
 
@@ -118,10 +117,7 @@ def widened_bytes(load: Workload, weight_bits: int) -> int:
     """The two buffers in which 16-bit factors of the layer at work are widened."""
     if weight_bits == 32:
         return 0
-    linears = [linear for block in load.linears for linear in block]
-    left = max(out * rank for out, _, rank in linears)
-    right = max(inner * rank for _, inner, rank in linears)
-    return (left + right) * FLOAT
+    return (load.largest_left + load.largest_right) * FLOAT
 
 
 def token_bytes(tokens: int, width: int) -> int:
@@ -148,7 +144,7 @@ def training_items(load: Workload, choices: Choices) -> list[Item]:
     at_work = tokens * shared_bytes_per_token(load) + scratch_bytes(load, micro_batch, choices.compact)
     at_work += widened_bytes(load, choices.weight_bits)
     kept = tokens * kept_bytes(load, choices)
-    updating = update_scratch_bytes(_trained_linears(load, choices))
+    updating = _trained_sizes(load, choices).scratch
     if load.lends:  # it works in the memory of the two, as far as it goes
         updating = max(0, updating - kept - at_work)
     kind = "dense" if load.method is Method.ASI else "factors"
@@ -245,7 +241,7 @@ def head_items(load: Workload, choices: Choices, num_photos: int) -> list[Item]:
         Item("weights", _linear_bytes(load, choices, range(depth)[held]) + others * FLOAT),
         Item("buffers of the layer at work", buffers),
         Item("Gram matrices of the factors, if carried", gram_bytes(load, choices) if choices.carried_grams else 0),
-        Item("bases of the gradients", _basis_bytes(load, choices)),
+        Item("bases of the gradients", _trained_sizes(load, choices).bases),
         Item("features and the closed-form fit", head_fit_bytes(load, num_photos)),
         _photos(load, micro_batch),
     ]
@@ -287,20 +283,35 @@ def _linear_bytes(load: Workload, choices: Choices, blocks: range) -> int:
     return count
 
 
-def _basis_bytes(load: Workload, choices: Choices) -> int:
-    """U (I, r) of every trained linear: there from the start."""
-    return sum(inner * min(choices.gradient_rank, inner) * FLOAT for _, inner, _ in _trained_linears(load, choices))
-
-
 def _photos(load: Workload, micro_batch: int) -> Item:
     """Decoded views of a micro-batch, and their pixels normalised."""
     per_photo = load.augment_photo_bytes * 2 + 3 * load.image_size**2 * (FLOAT + 1)
     return Item("photos of a micro-batch", micro_batch * per_photo)
 
 
-def _trained_linears(load: Workload, choices: Choices) -> Iterator[tuple[int, int, int]]:
-    for block in load.linears[load.geometry.depth - choices.trained_blocks :]:
-        yield from block
+class _TrainedSizes(NamedTuple):
+    """Bytes of the trained linears: P or momentum with their bases, bases U (I, r) alone, Gram matrices, scratch."""
+
+    subspaces: int
+    bases: int
+    grams: int
+    scratch: int
+
+
+def _trained_sizes(load: Workload, choices: Choices) -> _TrainedSizes:
+    """Worked out once: thousands of plans share them."""
+    key = choices.trained_blocks, choices.gradient_rank
+    if key not in load.memo:
+        first = load.geometry.depth - choices.trained_blocks
+        linears = [linear for block in load.linears[first:] for linear in block]
+        ranks = [(out, inner, min(choices.gradient_rank, inner)) for out, inner, _ in linears]
+        load.memo[key] = _TrainedSizes(
+            subspaces=sum((out + inner) * r * FLOAT for out, inner, r in ranks),
+            bases=sum(inner * r * FLOAT for _, inner, r in ranks),
+            grams=sum(rank * (rank + 1) * 2 * FLOAT for _, _, rank in linears),
+            scratch=update_scratch_bytes(linears),
+        )
+    return load.memo[key]
 
 
 def total(items: list[Item]) -> int:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from wasi_edge.method import Method
 from wasi_edge.models.geometry import ViTGeometry
@@ -77,6 +78,21 @@ class Workload:
     def largest_rank(self) -> int:
         """The largest K."""
         return max(rank for block in self.linears for _, _, rank in block)
+
+    @cached_property
+    def largest_left(self) -> int:
+        """O K of the largest left factor."""
+        return max(out * rank for block in self.linears for out, _, rank in block)
+
+    @cached_property
+    def largest_right(self) -> int:
+        """K I of the largest right factor."""
+        return max(inner * rank for block in self.linears for _, inner, rank in block)
+
+    @cached_property
+    def memo(self) -> dict[tuple[int, int], Any]:
+        """What follows from (trained blocks, gradient rank), kept by whoever works it out."""
+        return {}
 
     @cached_property
     def counts(self) -> Counts:
