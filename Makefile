@@ -1,5 +1,5 @@
 # make demo    fine-tune on PHOTOS=./folder, or on photos drawn for the purpose, then predict
-# make test    the tests        make lint    ruff and mypy        make bench   the time study
+# make test    the tests        make lint    ruff and mypy        make bench   speed and memory of the methods
 #
 # Everything runs in .venv, made on first use from PYTHON whatever environment is active.
 
@@ -64,7 +64,7 @@ lint: $(VENV)/.stamp-dev
 	$(BIN)/mypy wasi_edge
 
 bench: $(VENV)/.stamp-run
-	$(BIN)/python benchmarks/step_time.py $(ARGS)
+	$(BIN)/wasi-edge bench $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache
