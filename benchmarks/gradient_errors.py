@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -20,18 +21,20 @@ import torch
 from torch import Tensor
 
 from wasi_edge.artefact import open_artefact
-from wasi_edge.data.folder import scan_folder
+from wasi_edge.bench.gradient import (
+    EVERYTHING,
+    WARM_UP,
+    closed_form_head,
+    load_sample,
+    start,
+    weight_gradients,
+)
+from wasi_edge.bench.subject import find_subject
 from wasi_edge.keep import COMPACT, EXACT, Keep, Rebuild
-from wasi_edge.layers.linear import WasiLinear
-from wasi_edge.layers.saving import Pass
 from wasi_edge.models.locate import resolve_model
 from wasi_edge.models.vit import VisionTransformer, build_vit
-from wasi_edge.preprocess import center_view, normalise, open_photo, shrink
 from wasi_edge.training.factor_update import stochastic_round
-from wasi_edge.training.head import fit_head
-from wasi_edge.training.loss import cross_entropy
 
-BATCH, WARM_UP, HEAD_PHOTOS, EVERYTHING = 16, 6, 200, 10_000
 # name: what blocks keep, gradient rank, bits of the factors
 CHOICES = {
     "rank_64": (EXACT, 64, 32),
@@ -54,39 +57,30 @@ def main() -> int:
     parser.add_argument("--batches", type=int, default=4)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    pixels, labels = load(options.photos, options.model)
-    classes = int(labels.max()) + 1
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    fitted = order[:HEAD_PHOTOS]
+    subject = find_subject(options.model)
+    sample = load_sample(options.photos, subject.preprocessing, most=10_000)
+    parts = sample.batches(options.batches)
     plain = network(options.model, 32)
-    features = torch.cat([plain.features(pixels[part], Pass())[0].clone() for part in fitted.split(8)])
-    head = fit_head(features, labels[fitted], classes)
-    batches = list(order[HEAD_PHOTOS:].split(BATCH))[: WARM_UP + options.batches]
-    exact = [gradients(plain, head, pixels[b], labels[b], EXACT, EVERYTHING) for b in batches[WARM_UP:]]
+    head = closed_form_head(plain, sample)
+    start(plain, EVERYTHING)
+
+    def gradients(model: VisionTransformer, part: slice, keep: Keep, rank: int) -> dict[str, Tensor]:
+        # a complete basis is exact whichever it is: nothing to refresh
+        pixels, labels = sample.pixels[part], sample.labels[part]
+        return weight_gradients(model, head, pixels, labels, keep, refresh=rank != EVERYTHING)
+
+    exact = [gradients(plain, part, EXACT, EVERYTHING) for part in parts[WARM_UP:]]
     errors = {}
     for name, (keep, rank, bits) in CHOICES.items():
         model = network(options.model, bits)
-        found = []
-        for number, part in enumerate(batches):
-            if rank == EVERYTHING and number < WARM_UP:
-                continue
-            found.append(gradients(model, head, pixels[part], labels[part], keep, rank, fresh=not found))
-        errors[name] = float(np.mean([relative(a, b) for a, b in zip(found[-options.batches :], exact, strict=True)]))
+        start(model, rank)
+        for part in parts[:WARM_UP] if rank != EVERYTHING else ():
+            gradients(model, part, keep, rank)
+        found = (gradients(model, part, keep, rank) for part in parts[WARM_UP:])
+        errors[name] = statistics.fmean(relative(a, b) for a, b in zip(found, exact, strict=True))
         print(f"{name:35s} {errors[name]:.5f}", flush=True)
     print(json.dumps(errors))
     return 0
-
-
-def load(folder: Path, model: str) -> tuple[Tensor, Tensor]:
-    """Centre views of all photos, normalised, and their classes."""
-    with open_artefact(resolve_model(model)) as artefact:
-        preprocessing = artefact.config.preprocessing
-    found = scan_folder(folder, min_classes=2, min_side=preprocessing.resize_side)
-    photos = [shrink(open_photo(photo.path, preprocessing.resize_side), preprocessing) for photo in found.photos]
-    views = np.stack([center_view(photo, preprocessing) for photo in photos])
-    number = {label: index for index, label in enumerate(found.classes)}
-    labels = torch.tensor([number[photo.label] for photo in found.photos])
-    return torch.from_numpy(normalise(views, preprocessing)), labels
 
 
 def network(name: str, bits: int) -> VisionTransformer:
@@ -104,32 +98,6 @@ def network(name: str, bits: int) -> VisionTransformer:
             return value if bits == 32 else stochastic_round(value, torch.empty_like(value, dtype=torch.half), noise)
 
         return build_vit(config.geometry, config.linears, read, config.preprocessing.image_size, head=False)
-
-
-def gradients(
-    model: VisionTransformer, head: object, pixels: Tensor, labels: Tensor, keep: Keep, rank: int, fresh: bool = True
-) -> dict[str, Tensor]:
-    """dW (O, I) of every linear."""
-    linears = {name: linear for name, linear in model.linears().items() if isinstance(linear, WasiLinear)}
-    if fresh:
-        generator = torch.Generator().manual_seed(0)
-        for linear in linears.values():
-            linear.start_training(rank, model.tokens, generator)
-    run = Pass(refresh_basis=True)
-    features, saved = model.features(pixels, run, [keep] * len(model.blocks))
-    assert saved is not None
-    weight, bias = head  # type: ignore[misc]
-    loss = cross_entropy(features @ weight.t() + bias, labels, torch.ones(len(labels)), len(labels), 0.1)
-    found: dict[str, Tensor] = {}
-
-    def collect(layer: str, parts: dict[str, Tensor]) -> None:
-        for key, value in parts.items():
-            if key.endswith(".projected"):
-                name = f"{layer}.{key.removesuffix('.projected')}"
-                found[name] = value @ linears[name].basis.t()  # type: ignore[union-attr]
-
-    model.backward(saved, loss.dlogits @ weight, run, collect)
-    return found
 
 
 def relative(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> float:

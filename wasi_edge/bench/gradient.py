@@ -43,11 +43,11 @@ class Sample:
         """Photos that the classifier is fitted on; the others are compared."""
         return slice(0, min(HEAD_PHOTOS, len(self.labels) // 2))
 
-    def batches(self, count: int) -> list[slice]:
+    def batches(self, count: int, warm_up: int = WARM_UP) -> list[slice]:
         """Of `BATCH` photos, warming up included, as many as there are."""
         first = self.for_head.stop
         starts = range(first, len(self.labels) - BATCH + 1, BATCH)
-        return [slice(start, start + BATCH) for start in starts][: WARM_UP + count]
+        return [slice(start, start + BATCH) for start in starts][: warm_up + count]
 
 
 def load_sample(folder: Path, preprocessing: Preprocessing, most: int) -> Sample:
@@ -102,7 +102,11 @@ def start(network: VisionTransformer, gradient_rank: int) -> None:
 
 
 def gradient_errors(
-    build: Callable[[], VisionTransformer], gradient_rank: int, sample: Sample, batches: int = 3
+    build: Callable[[], VisionTransformer],
+    gradient_rank: int,
+    sample: Sample,
+    batches: int = 3,
+    warm_up: int = WARM_UP,
 ) -> tuple[float, dict[str, float]]:
     """Relative error ||dW - P U^T|| / ||dW||: mean over linears and batches, and the means of each kind of layer.
 
@@ -113,9 +117,9 @@ def gradient_errors(
     start(compressed, gradient_rank)
     start(exact, EVERYTHING)
     by_kind: dict[str, list[float]] = {}
-    for number, part in enumerate(sample.batches(batches)):
+    for number, part in enumerate(sample.batches(batches, warm_up)):
         found = weight_gradients(compressed, head, sample.pixels[part], sample.labels[part])
-        if number < WARM_UP:
+        if number < warm_up:
             continue
         # a complete basis is exact whichever it is: nothing to refresh
         wanted = weight_gradients(exact, head, sample.pixels[part], sample.labels[part], refresh=False)

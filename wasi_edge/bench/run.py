@@ -39,8 +39,9 @@ from wasi_edge.training.request import Events
 
 _UPKEEP_ROUNDS = 3
 _POWER_SECONDS = 0.2
-_GRADIENT_BATCHES = 3
-_QUICK_GRADIENT_BATCHES = 1
+# batches that warm up the bases, and batches that are compared
+_GRADIENT_BATCHES = WARM_UP, 3
+_QUICK_GRADIENT_BATCHES = 3, 1
 
 
 @dataclass(frozen=True)
@@ -116,27 +117,27 @@ def _gradient_errors(
     """By method and epsilon, of those whose gradients are compressed; nothing without photos."""
     if request.photos is None:
         return {}
-    batches = _QUICK_GRADIENT_BATCHES if request.quick else _GRADIENT_BATCHES
-    sample = load_sample(request.photos, subject.preprocessing, HEAD_PHOTOS + (WARM_UP + batches) * BATCH)
-    if len(sample.batches(batches)) <= WARM_UP:
-        raise UsageError(f"--photos: too few photos in {request.photos}, {2 * (WARM_UP + 1) * BATCH} are needed")
+    warm_up, batches = _QUICK_GRADIENT_BATCHES if request.quick else _GRADIENT_BATCHES
+    sample = load_sample(request.photos, subject.preprocessing, HEAD_PHOTOS + (warm_up + batches) * BATCH)
+    if len(sample.batches(batches, warm_up)) <= warm_up:
+        raise UsageError(f"--photos: too few photos in {request.photos}, {2 * (warm_up + 1) * BATCH} are needed")
     wanted = {(entry.method, entry.epsilon) for entry in request.entries if entry.method.is_explicit}
     found = {}
     events.stage("gradient error", len(wanted))
     for done, (method, epsilon) in enumerate(sorted(wanted, key=str), start=1):
-        found[method, epsilon] = _error_of(subject, method, epsilon, request.gradient_rank, sample, batches)
+        found[method, epsilon] = _error_of(subject, method, epsilon, request.gradient_rank, sample, batches, warm_up)
         events.advance(done)
     return found
 
 
 def _error_of(
-    subject: Subject, method: Method, epsilon: float | None, rank: int, sample: Sample, batches: int
+    subject: Subject, method: Method, epsilon: float | None, rank: int, sample: Sample, batches: int, warm_up: int
 ) -> tuple[float, dict[str, float]]:
     def build() -> Any:
         kinds, ranks = LinearKinds.of(method), subject.ranks(epsilon)
         return build_vit(subject.geometry, ranks, subject.reader(epsilon), subject.image_size, head=False, kinds=kinds)
 
-    return gradient_errors(build, rank, sample, batches)
+    return gradient_errors(build, rank, sample, batches, warm_up)
 
 
 def _measure_batch(
@@ -156,7 +157,8 @@ def _measure_batch(
     train = interleave({key: c.step for key, c in contestants.items()}, request.rounds, on_round=events.advance)
     events.stage(f"forward passes, batch {batch}", 2 * request.rounds + 1)
     infer = interleave({key: c.infer for key, c in contestants.items()}, 2 * request.rounds, on_round=events.advance)
-    upkeep = {key: _upkeep_fraction(c) for key, c in contestants.items()}
+    upkeep_rounds = 1 if request.quick else _UPKEEP_ROUNDS
+    upkeep = {key: _upkeep_fraction(c, upkeep_rounds) for key, c in contestants.items()}
     watts = {key: _watts(c) for key, c in contestants.items()}
     counts = {key: c.counts() for key, c in contestants.items()}
     contestants.clear()
@@ -264,13 +266,13 @@ def _choices(request: BenchRequest, subject: Subject, entry: Entry, batch: int) 
     return choose_plan(load, work, base, entry.budget_bytes, speed)
 
 
-def _upkeep_fraction(contestant: Contestant) -> float | None:
+def _upkeep_fraction(contestant: Contestant, rounds: int) -> float | None:
     """Share of a step that keeps subspaces and weights current, from outside: the update, and what refreshing the bases
     adds to the passes. None for methods that have no subspace."""
     if not contestant.entry.method.is_explicit:
         return None
     shares = []
-    for _ in range(_UPKEEP_ROUNDS):
+    for _ in range(rounds):
         began = time.perf_counter()
         contestant.passes(refresh=False)
         plain = time.perf_counter() - began
