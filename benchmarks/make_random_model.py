@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from wasi_edge.artefact import ModelConfig, write_artefact
+from wasi_edge.bench.synthetic import synthetic_ranks
 from wasi_edge.models.geometry import ViTGeometry
 from wasi_edge.preprocess import Preprocessing
 
-RANK_SHARES = {"qkv": 0.40, "proj": 0.30, "fc1": 0.47, "fc2": 0.47}
 # patch, width, depth, heads
 SIZES = {
     "vit-ti16": (16, 192, 12, 3),
@@ -48,14 +48,10 @@ def make(size: str, out: Path, image_size: int = 224, dtype: str = "float32") ->
     """Write model `size` to the folder `out`. Deterministic."""
     patch, width, depth, heads = SIZES[size]
     geometry = ViTGeometry(patch, width, depth, heads, 4 * width, image_size // patch, features="class+mean")
-    ranks = {
-        name: round(RANK_SHARES[name.rpartition(".")[2]] * min(shape))
-        for name, shape in geometry.linear_shapes().items()
-    }
     config = ModelConfig(
         name=f"{size} (random)",
         geometry=geometry,
-        linears=ranks,
+        linears=synthetic_ranks(geometry),
         preprocessing=Preprocessing(image_size=image_size),
         dtype=dtype,
         provenance={"origin": "random weights, benchmarks/make_random_model.py"},

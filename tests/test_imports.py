@@ -36,6 +36,7 @@ ONLY_FROM = {
 TORCH_FREE = (
     "planner", "data", "memory", "artefact", "tensorfile", "preprocess", "errors", "units", "chunks", "keep", "method",
     "metrics", "report", "inference", "subspace.ranks", "models.geometry", "models.keys_",
+    "bench.synthetic",
 )  # fmt: skip
 TORCH_ALLOWED = ("inference.torch_backend",)
 IMPORTERS = ("importlib.import_module", "import_module", "__import__")

@@ -18,7 +18,8 @@ import numpy as np
 
 from wasi_edge.bench.contestant import Contestant, Entry, free_choices
 from wasi_edge.bench.flops import step_flops
-from wasi_edge.bench.subject import RANK_SHARES, Subject
+from wasi_edge.bench.subject import Subject
+from wasi_edge.bench.synthetic import RANK_SHARES, synthetic_ranks
 from wasi_edge.bench.timing import interleave
 from wasi_edge.method import Method
 from wasi_edge.models.geometry import ViTGeometry
@@ -54,31 +55,14 @@ class Point:
             PATCH, self.width, self.depth, self.width // HEADS_WIDTH, 4 * self.width, side, features="class"
         )
 
-    def ranks(self) -> dict[str, int | None]:
-        """Of each linear."""
-        shapes = self.geometry.linear_shapes()
-        return {
-            name: max(1, min(min(shape), round(self.share * RANK_SHARES[name.rpartition(".")[2]] * min(shape))))
-            for name, shape in shapes.items()
-        }
-
     def terms(self, method: Method, gradient_rank: int) -> list[float]:
         """What is multiplied with the coefficients."""
         geometry = self.geometry
-        ranks = self.ranks() if method.has_factors else dict.fromkeys(geometry.linear_shapes())
+        dense: dict[str, int | None] = dict.fromkeys(geometry.linear_shapes())
+        ranks = synthetic_ranks(geometry, self.share) if method.has_factors else dense
         flops = step_flops(geometry, self.image_size, ranks, method, gradient_rank, self.batch)
         elements = geometry.tokens(self.image_size) * self.depth * (12 * self.width + 2 * geometry.mlp_width)
         return [(flops.train + flops.upkeep) / 1e9, elements / 1e6, 4 * self.depth / self.batch]
-
-
-class _FixedRanks(Subject):
-    """A synthetic subject whose ranks are those of a point."""
-
-    def ranks(self, epsilon: float | None) -> dict[str, int | None]:
-        return super().ranks(None) if epsilon is None else _RANKS_OF[self.name]
-
-
-_RANKS_OF: dict[str, dict[str, int | None]] = {}
 
 
 def measure_cost_model(gradient_rank: int, seed: int, on_done: Callable[[int], None]) -> dict[str, Any]:
@@ -86,9 +70,8 @@ def measure_cost_model(gradient_rank: int, seed: int, on_done: Callable[[int], N
     measured: dict[Method, list[tuple[Point, float]]] = {Method.VANILLA: [], Method.WASI: []}
     for number, values in enumerate(POINTS, start=1):
         point = Point(*values)
-        name = f"cost model {number}"
-        _RANKS_OF[name] = point.ranks()
-        subject = _FixedRanks(name, point.geometry, point.image_size, Preprocessing(point.image_size), None, None)
+        preprocessing = Preprocessing(point.image_size)
+        subject = Subject("cost model", point.geometry, point.image_size, preprocessing, None, None, point.share)
         contestants = {
             method: Contestant(
                 subject,

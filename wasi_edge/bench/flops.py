@@ -71,11 +71,6 @@ def step_flops(
     return Flops(passes + gradients + stem, upkeep, infer)
 
 
-def bound(vanilla: float, other: float) -> float:
-    """How many times as fast the other is if products alone take time."""
-    return vanilla / other
-
-
 def paper_count(
     geometry: ViTGeometry,
     image_size: int,

@@ -19,7 +19,7 @@ import torch
 
 from wasi_edge.bench.contestant import Contestant, Entry, free_choices
 from wasi_edge.bench.cost_model import POINTS, measure_cost_model
-from wasi_edge.bench.flops import bound, paper_count, step_flops
+from wasi_edge.bench.flops import paper_count, step_flops
 from wasi_edge.bench.gradient import BATCH, HEAD_PHOTOS, WARM_UP, Sample, gradient_errors, load_sample
 from wasi_edge.bench.peak import measure_peak
 from wasi_edge.bench.subject import CLASSES, Subject, find_subject
@@ -63,7 +63,6 @@ class BenchRequest:
     quick: bool
     image_size: int | None = None
     photos: Path | None = None
-    with_cost_model: bool = True
 
 
 def bench(request: BenchRequest, events: Events) -> dict[str, Any]:
@@ -78,7 +77,7 @@ def bench(request: BenchRequest, events: Events) -> dict[str, Any]:
     for batch in request.batches:
         results += _measure_batch(request, subject, batch, errors, events)
     cost_model = None
-    if request.with_cost_model and not request.quick:
+    if not request.quick:
         events.stage("cost model", len(POINTS))
         cost_model = measure_cost_model(request.gradient_rank, request.seed, events.advance)
     return {
@@ -215,8 +214,8 @@ def _row(
         "infer_speedup": infer.speedup,
         "train_speedup_spread": list(train.spread),
         "infer_speedup_spread": list(infer.spread),
-        "train_bound": bound(vanilla.train, flops.train + flops.upkeep),
-        "infer_bound": bound(vanilla.infer, flops.infer),
+        "train_bound": vanilla.train / (flops.train + flops.upkeep),
+        "infer_bound": vanilla.infer / flops.infer,
         "ranks": {name: rank for name, rank in ranks.items() if rank is not None},
         "synthetic": subject.is_synthetic,
         "samples": len(train.seconds),

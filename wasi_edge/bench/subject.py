@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wasi_edge.artefact import is_artefact, open_artefact, read_config
+from wasi_edge.bench.synthetic import EPSILON_SHARES, GEOMETRIES, synthetic_ranks
 from wasi_edge.conversion.convert import Settings, choose_ranks
 from wasi_edge.conversion.factorise import factorise
 from wasi_edge.conversion.sources import open_source
@@ -26,22 +27,13 @@ from wasi_edge.models.locate import resolve_model
 from wasi_edge.preprocess import Preprocessing
 
 Read = Callable[[str], Tensor]
-# patch, width, depth, heads, as in timm
-GEOMETRIES = {
-    "vit_base_patch16_224": (16, 768, 12, 12),
-    "vit_base_patch32_224": (32, 768, 12, 12),
-    "vit_small_patch16_224": (16, 384, 12, 6),
-    "vit_tiny_patch16_224": (16, 192, 12, 3),
-}
-# K / min(O, I) at epsilon 0.8; at 0.6 it is 0.55 of these
-RANK_SHARES = {"qkv": 0.40, "proj": 0.30, "fc1": 0.47, "fc2": 0.47}
-EPSILON_SHARES = {0.8: 1.0, 0.6: 0.55}
 CLASSES = 5
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A network at one input size. `folder` None: synthetic. `own_epsilon`: what it is truncated at already."""
+    """A network at one input size. `folder` None: synthetic, with `rank_part` of the ranks usual at an epsilon.
+    `own_epsilon`: what it is truncated at already."""
 
     name: str
     geometry: ViTGeometry
@@ -49,6 +41,7 @@ class Subject:
     preprocessing: Preprocessing
     folder: Path | None
     own_epsilon: float | None
+    rank_part: float = 1.0
 
     @property
     def is_synthetic(self) -> bool:
@@ -93,8 +86,7 @@ def _ranks(subject: Subject, epsilon: float) -> dict[str, int | None]:
         if epsilon not in EPSILON_SHARES:
             known = " and ".join(f"{value:g}" for value in EPSILON_SHARES)
             raise UsageError(f"synthetic weights have ranks for epsilon {known}, not {epsilon:g}")
-        part = EPSILON_SHARES[epsilon]
-        return {n: round(part * RANK_SHARES[n.rpartition(".")[2]] * min(shape)) for n, shape in shapes.items()}
+        return synthetic_ranks(subject.geometry, EPSILON_SHARES[epsilon] * subject.rank_part)
     if subject.own_epsilon is not None:
         if epsilon > subject.own_epsilon:
             raise UsageError(

@@ -24,8 +24,6 @@ HEAP_SLACK_SHARE = 0.03
 # What autograd's tape may take more where the heap serves it. Measured: nothing at micro-batch 16 (2,224 MB, 2,236
 # counted without gaps); under glibc's own rules it was as much again.
 HEAP_GAP_SHARE = 0.25
-# What they hold beside tensors: a network of a few kilobytes came to 353 MB where 348 were counted without.
-AUTOGRAD_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -137,8 +135,7 @@ def training_items(load: Workload, choices: Choices) -> list[Item]:
     counts, micro_batch = load.counts, choices.micro_batch
     depth = load.geometry.depth
     first = depth - choices.trained_blocks
-    held = slice(first if choices.cached_views else 0, depth)
-    others = sum(counts.others[held]) + counts.top + (0 if choices.cached_views else counts.stem)
+    linear_bytes, other_bytes = _held_weights(load, choices)
     learning = sum(counts.others[first:]) + counts.top + (0 if first else counts.stem)
     # the patch embedding's gradient is made anew by each micro-batch and then added
     made = 0 if first else load.geometry.width * load.geometry.channels * load.geometry.patch_size**2
@@ -151,8 +148,8 @@ def training_items(load: Workload, choices: Choices) -> list[Item]:
         updating = max(0, updating - kept - at_work)
     kind = "dense" if load.method is Method.ASI else "factors"
     items = [
-        Item(f"weights ({kind}, {choices.weight_bits} bits)", _linear_bytes(load, choices, range(depth)[held])),
-        Item("weights (norms, biases, embeddings, head)", others * FLOAT),
+        Item(f"weights ({kind}, {choices.weight_bits} bits)", linear_bytes),
+        Item("weights (norms, biases, embeddings, head)", other_bytes),
         Item("gradients (P, U, dense parameters)", subspace_bytes(load, choices) + (learning + made) * FLOAT),
         Item(
             "optimiser state (momentum, Gram matrices, moments)",
@@ -203,7 +200,6 @@ def vanilla_items(load: Workload, choices: Choices) -> list[Item]:
         Item("kept for the backward pass", kept),
         Item("tensors of the layer at work", at_work),
         Item("gaps in the heap", int(HEAP_GAP_SHARE * (kept + at_work)) if choices.reused_heap else 0),
-        Item("autograd and its optimiser", AUTOGRAD_BYTES),
         _photos(load, micro_batch),
     ]
     return _with_slack(items)
@@ -227,7 +223,6 @@ def lora_items(load: Workload, choices: Choices) -> list[Item]:
         Item("kept for the backward pass", kept),
         Item("tensors of the layer at work", at_work),
         Item("gaps in the heap", int(HEAP_GAP_SHARE * (kept + at_work)) if choices.reused_heap else 0),
-        Item("autograd and its optimiser", AUTOGRAD_BYTES),
         _photos(load, choices.micro_batch),
     ]
     return _with_slack(items)
@@ -236,13 +231,10 @@ def lora_items(load: Workload, choices: Choices) -> list[Item]:
 def head_items(load: Workload, choices: Choices, num_photos: int) -> list[Item]:
     """Memory beyond the base while the closed-form head is fitted: weights, one forward pass, and the features'
     statistics; of what training needs later, what exists by then."""
-    counts, micro_batch = load.counts, min(choices.micro_batch, EVALUATION_BATCH)
-    depth = load.geometry.depth
-    held = slice(depth - choices.trained_blocks if choices.cached_views else 0, depth)
-    others = sum(counts.others[held]) + counts.top + (0 if choices.cached_views else counts.stem)
+    micro_batch = min(choices.micro_batch, EVALUATION_BATCH)
     buffers = micro_batch * load.tokens * forward_bytes_per_token(load) + widened_bytes(load, choices.weight_bits)
     items = [
-        Item("weights", _linear_bytes(load, choices, range(depth)[held]) + others * FLOAT),
+        Item("weights", sum(_held_weights(load, choices))),
         Item("buffers of the layer at work", buffers),
         Item("Gram matrices of the factors, if carried", gram_bytes(load, choices) if choices.carried_grams else 0),
         Item("bases of the gradients", _trained_sizes(load, choices).bases),
@@ -262,19 +254,25 @@ def head_fit_bytes(load: Workload, num_photos: int) -> int:
 def loading_items(load: Workload, choices: Choices) -> list[Item]:
     """Memory beyond the base while weights are read, where some have to be truncated first: all of the others, and one
     dense weight (O, I) with the float64 copies and Gram matrices that its factorisation takes."""
-    counts, depth = load.counts, load.geometry.depth
-    first = depth - choices.trained_blocks
+    first = load.geometry.depth - choices.trained_blocks
     shapes = [(out, inner) for block, out, inner in load.truncated if block >= first]
     if not shapes:
         return []
     largest = max(FLOAT * out * inner + 8 * (2 * out * inner + 6 * min(out, inner) ** 2) for out, inner in shapes)
-    held = range(first if choices.cached_views else 0, depth)
-    others = sum(counts.others[block] for block in held) + counts.top + (0 if choices.cached_views else counts.stem)
     items = [
-        Item("weights", _linear_bytes(load, choices, held) + others * FLOAT),
+        Item("weights", sum(_held_weights(load, choices))),
         Item("one dense weight while it is factored", largest),
     ]
     return _with_slack(items)
+
+
+def _held_weights(load: Workload, choices: Choices) -> tuple[int, int]:
+    """Bytes of the linears and of all else that is in memory while blocks learn: without frozen blocks and stem where
+    what those make of the photos waits on disk."""
+    counts, depth = load.counts, load.geometry.depth
+    held = range(depth - choices.trained_blocks if choices.cached_views else 0, depth)
+    others = sum(counts.others[block] for block in held) + counts.top + (0 if choices.cached_views else counts.stem)
+    return _linear_bytes(load, choices, held), others * FLOAT
 
 
 def _linear_bytes(load: Workload, choices: Choices, blocks: range) -> int:
