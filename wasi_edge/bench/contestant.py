@@ -16,15 +16,11 @@ from torch import Tensor
 
 from wasi_edge.bench.subject import CLASSES, Subject
 from wasi_edge.errors import UsageError
-from wasi_edge.layers.linear import LinearKinds
 from wasi_edge.method import Method
-from wasi_edge.models.lora import build_lora
-from wasi_edge.models.vanilla import build_vanilla
-from wasi_edge.models.vit import build_vit
 from wasi_edge.planner.choices import Choices
-from wasi_edge.training.defaults import LORA_RANK
-from wasi_edge.training.trainer import FrozenTrainer, Recipe, SubspaceTrainer, Trainer
-from wasi_edge.training.vanilla_trainer import LoraTrainer, VanillaTrainer
+from wasi_edge.training.methods import make_trainer
+from wasi_edge.training.trainer import Recipe, Trainer
+from wasi_edge.training.vanilla_trainer import VanillaTrainer
 from wasi_edge.units import parse_size
 
 # steps so small that a thousand of them change nothing; clipping and decay at work all the same
@@ -146,20 +142,21 @@ def choices_from(values: dict[str, Any]) -> Choices:
 
 
 def _build(subject: Subject, entry: Entry, choices: Choices, seed: int) -> Trainer:
-    geometry, size, method = subject.geometry, subject.image_size, entry.method
     read = subject.reader(entry.epsilon)
-    if method is Method.VANILLA:
-        model = build_vanilla(geometry, read, size, CLASSES, checkpointed=entry.is_checkpointed)
-        return VanillaTrainer(model, _RECIPE)
-    if method is Method.LORA:
-        return LoraTrainer(build_lora(geometry, read, size, CLASSES, LORA_RANK, seed), _RECIPE)
 
     def held(name: str) -> Tensor:
         value = read(name)
         return value.half() if choices.weight_bits == 16 and name.endswith((".left", ".right")) else value
 
-    ranks = subject.ranks(entry.epsilon)
-    network = build_vit(geometry, ranks, held, size, head=True, kinds=LinearKinds.of(method))
-    if method is Method.HEAD:
-        return FrozenTrainer(network)
-    return SubspaceTrainer(network, _RECIPE, choices.keeps(), choices.gradient_rank, seed, None, choices.carried_grams)
+    return make_trainer(
+        entry.method,
+        subject.geometry,
+        subject.ranks(entry.epsilon),
+        held,
+        subject.image_size,
+        CLASSES,
+        _RECIPE,
+        choices,
+        seed,
+        checkpointed=entry.is_checkpointed,
+    )

@@ -82,7 +82,7 @@ def bench(
         photos=photos,
     )
     screen = console.stderr_console()
-    with RichEvents(screen, 0) as events:
+    with RichEvents(screen, None) as events:
         result = measure(request, events)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -59,17 +59,19 @@ class RemainingTime:
 
 
 class _Live(ProgressColumn):
-    """Memory of the run beside its budget, and the time left; looked up once a second."""
+    """Memory of the run beside its budget, if it has one, and the time left; looked up once a second."""
 
     max_refresh = 1.0
 
-    def __init__(self, budget_bytes: int, remaining: RemainingTime) -> None:
+    def __init__(self, budget_bytes: int | None, remaining: RemainingTime) -> None:
         super().__init__()
         self._budget_bytes, self._remaining = budget_bytes, remaining
 
     def render(self, task: Task) -> Text:
         """For every task the same."""
         used = total_memory()
+        if self._budget_bytes is None:
+            return Text(f"{used / 2**20:.0f} MB")
         memory = f"{used / 2**20:.0f}/{format_size(self._budget_bytes)}"
         return Text.assemble((memory, "red" if used > self._budget_bytes else ""), "  ", self._remaining.text())
 
@@ -81,7 +83,7 @@ class RichEvents:
     fails on, nothing more is written.
     """
 
-    def __init__(self, console: Console, budget_bytes: int) -> None:
+    def __init__(self, console: Console, budget_bytes: int | None) -> None:
         self._console = console
         self._remaining = RemainingTime()
         self._task: TaskID | None = None

@@ -18,17 +18,13 @@ from wasi_edge.conversion.calibration import spread
 from wasi_edge.conversion.convert import Calibration, Settings, convert
 from wasi_edge.conversion.factorise import factorise
 from wasi_edge.conversion.sources import open_source
-from wasi_edge.layers.linear import LinearKinds
-from wasi_edge.method import Method
-from wasi_edge.models.lora import build_lora
-from wasi_edge.models.vanilla import build_vanilla
 from wasi_edge.models.vit import VisionTransformer, build_vit, resample_position
 from wasi_edge.training import defaults
+from wasi_edge.training.methods import make_trainer
 from wasi_edge.training.photos import PhotoSet
 from wasi_edge.training.prepare import Prepared
 from wasi_edge.training.request import Events
-from wasi_edge.training.trainer import FrozenTrainer, Recipe, SubspaceTrainer, Trainer
-from wasi_edge.training.vanilla_trainer import LoraTrainer, VanillaTrainer
+from wasi_edge.training.trainer import Recipe, Trainer
 
 
 def convert_for(prepared: Prepared, photos: PhotoSet, out: Path, events: Events) -> None:
@@ -66,27 +62,19 @@ def recipe_of(prepared: Prepared) -> Recipe:
 def build_trainer(prepared: Prepared, model_folder: Path, active: Tensor | None) -> Trainer:
     """The trainer of this run's method on the model in `model_folder`, its head at zero; without the frozen blocks
     where their output is cached."""
-    request, plan, geometry = prepared.request, prepared.plan, prepared.model.geometry
-    size, num_classes = prepared.model.preprocessing.image_size, len(prepared.labels)
-    if request.method in (Method.VANILLA, Method.LORA):
-        with open_source(model_folder) as source:
-
-            def dense(name: str) -> Tensor:
-                return torch.from_numpy(source.read(name))
-
-            if request.method is Method.VANILLA:
-                return VanillaTrainer(build_vanilla(geometry, dense, size, num_classes), recipe_of(prepared), active)
-            lora = build_lora(geometry, dense, size, num_classes, defaults.LORA_RANK, request.seed)
-        return LoraTrainer(lora, recipe_of(prepared), active)
-    first = geometry.depth - plan.trained_blocks if plan.cached_views else 0
     with _reader(prepared, model_folder, _held_type(prepared)) as read:
-        blocks, kinds = range(first, geometry.depth), LinearKinds.of(request.method)
-        model = build_vit(geometry, prepared.ranks, read, size, head=True, blocks=blocks, kinds=kinds)
-    if request.method is Method.HEAD:
-        return FrozenTrainer(model)
-    return SubspaceTrainer(
-        model, recipe_of(prepared), plan.keeps(), plan.gradient_rank, request.seed, active, plan.carried_grams
-    )
+        return make_trainer(
+            prepared.request.method,
+            prepared.model.geometry,
+            prepared.ranks,
+            read,
+            prepared.model.preprocessing.image_size,
+            len(prepared.labels),
+            recipe_of(prepared),
+            prepared.plan,
+            prepared.request.seed,
+            active,
+        )
 
 
 def build_frozen(prepared: Prepared, model_folder: Path) -> VisionTransformer:
