@@ -7,6 +7,7 @@ import torch
 from reference import generator, one_thread, plain_qr, random, relative_difference, subspace_difference  # noqa: F401
 from torch import Tensor
 
+from wasi_edge.chunks import sampled_tokens
 from wasi_edge.layers.linear import AsiLinear, LinearKinds, SubspaceLinear, WasiLinear, WsiLinear
 from wasi_edge.layers.saving import Pass
 from wasi_edge.method import Method
@@ -22,7 +23,8 @@ def make(kind: type[SubspaceLinear], gradient_rank: int, scale: bool = True, ran
     if kind is AsiLinear:
         layer = AsiLinear(random(OUT, IN, seed=3), bias, factor)
     else:
-        layer = WsiLinear(random(OUT, rank, seed=3), random(rank, IN, seed=4), bias, factor)
+        assert issubclass(kind, WasiLinear)
+        layer = kind(random(OUT, rank, seed=3), random(rank, IN, seed=4), bias, factor)
     layer.start_training(gradient_rank, TOKENS, generator(5))
     return layer
 
@@ -128,3 +130,61 @@ def test_the_global_generator_is_left_alone():
     for kind in (WsiLinear, AsiLinear):
         both_passes(make(kind, 3), 60)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", [WasiLinear, AsiLinear])
+def test_an_input_at_hand_gives_what_wsi_gives_and_keeps_nothing(kind):
+    layer = make(kind, 3)
+    assert layer.basis is not None
+    basis, run = layer.basis.clone(), Pass()
+    for step in range(4):
+        x, dy = random(2 * TOKENS, IN, seed=60 + step), random(2 * TOKENS, OUT, seed=70 + step)
+        scaled, gradient = dy * layer.params["scale"], dy.T @ x
+        for _ in range(4 if step == 0 else 1):
+            basis = plain_qr(gradient.T @ (gradient @ basis))
+        run.refresh_basis = True
+        dx, grads = layer.backward_from_input(x, dy, run)
+        assert relative_difference(dx, scaled @ dense_weight(layer)) < 1e-12
+        assert subspace_difference(layer.basis, basis) < 1e-10
+        assert relative_difference(grads["projected"], scaled.T @ x @ layer.basis) < 1e-12
+        run.refresh_basis = False
+        kept = layer.basis
+        _, grads = layer.backward_from_input(2 * x, dy, run)
+        assert layer.basis is kept
+        assert relative_difference(grads["projected"], 2 * scaled.T @ x @ kept) < 1e-12
+
+
+def test_of_many_tokens_the_basis_follows_the_quarter_with_the_largest_gradients():
+    layer, tokens = make(WasiLinear, 3, scale=False), 1200
+    x, dy = random(tokens, IN, seed=80), random(tokens, OUT, seed=81)
+    strong = torch.randperm(tokens, generator=generator(82))[: sampled_tokens(tokens)]
+    assert len(strong) == 300
+    dy[strong] += 20 * dy[strong] / dy[strong].norm(dim=1, keepdim=True)
+    gradient, basis = dy[strong].T @ x[strong], layer.basis
+    for _ in range(4):
+        basis = plain_qr(gradient.T @ (gradient @ basis))
+    _, grads = layer.backward_from_input(x, dy, Pass(refresh_basis=True))
+    assert subspace_difference(layer.basis, basis) < 1e-9
+    assert relative_difference(grads["projected"], dy.T @ x @ layer.basis) < 1e-12  # P is of all tokens
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_gradient_that_says_nothing_leaves_the_basis_alone(value):
+    layer = make(WasiLinear, 3)
+    before, _, was_cold = layer.training_state()
+    layer.backward_from_input(random(10, IN, seed=83), torch.full((10, OUT), value, dtype=torch.float64), Pass(refresh_basis=True))
+    after, _, is_cold = layer.training_state()
+    assert after is before and is_cold == was_cold
+
+
+@pytest.mark.parametrize("rank", [1, 7, 8, 9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_padded_rank_shows_in_no_parameter_and_changes_no_product(rank, dtype):
+    left, right = random(18, rank, seed=84).to(dtype), random(rank, 14, seed=85).to(dtype)
+    layer, x = WasiLinear(left, right, None), random(5, 14, seed=86)
+    assert layer.params["left"].shape == (18, rank) and layer.params["right"].shape == (rank, 14)
+    y, _ = layer.forward(x, 5, Pass(), None)
+    assert relative_difference(y, x @ right.double().T @ left.double().T) < 1e-12
+    # the parameters are what products are made of
+    layer.params["left"].mul_(2.0)
+    assert relative_difference(layer.forward(x, 5, Pass(), None)[0], 2 * y) < 1e-12

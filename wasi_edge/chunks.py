@@ -21,3 +21,24 @@ ROUNDING_ROWS = 128
 UPDATE_MATRICES = 9
 # most photos that pass through the network together where nothing is trained
 EVALUATION_BATCH = 8
+# ranks are padded to a multiple of this while a network is in memory: kernels of matrix products waste time on the rest
+RANK_MULTIPLE = 8
+# photos together in attention: their tokens are work enough for the cores, and what the kernels return stays small
+ATTENTION_ROWS = 256
+# a gradient's basis is refreshed from a share of the tokens, as long as these are enough for its rank
+_SAMPLED_SHARE, _SAMPLED_TOKENS = 4, 256
+
+
+def padded_rank(rank: int) -> int:
+    """The next multiple of RANK_MULTIPLE."""
+    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+
+
+def attention_photos(tokens: int) -> int:
+    """How many photos of so many tokens pass through attention together."""
+    return max(1, ATTENTION_ROWS // tokens)
+
+
+def sampled_tokens(tokens: int) -> int:
+    """How many of all tokens of a micro-batch a basis is refreshed from."""
+    return min(tokens, max(_SAMPLED_TOKENS, tokens // _SAMPLED_SHARE))

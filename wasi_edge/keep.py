@@ -6,14 +6,15 @@ GELU, its derivative in 8 bits, the other column float32 and GELU's input:
     kept                        compact          exact           by levels
     norm1 x_hat, rstd           2 D + 4          4 D + 4         all (BLOCK: 4 more, the mean)
     norm2 x_hat, rstd           2 D + 4          4 D + 4         below BLOCK
-    z of qkv, proj, fc1, fc2    16 r             16 r            below BLOCK
+    z of fc2                    4 r              4 r             below BLOCK
     gelu                        M                4 M             NOTHING, ATTENTION
     qkv                         6 D              12 D            NOTHING
     attention out, lse          2 D + 4 H        4 D + 4 H       NOTHING
 
-What a level rebuilds it rebuilds from what it keeps: q, k, v and the attention from norm1's x_hat, GELU's input from
-norm2's, the whole block from norm1's x_hat, rstd and mean, which are its input. `layers/block.py` puts that into
-effect, `planner/` adds it up, a test compares the two.
+The inputs of qkv, proj and fc1 are what the norms and the attention keep anyway. What a level rebuilds it rebuilds from
+what it keeps: q, k, v and the attention from norm1's x_hat, GELU's input from norm2's, the whole block from norm1's
+x_hat, rstd and mean, which are its input. `layers/block.py` puts that into effect, `planner/` adds it up, a test
+compares the two.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Rebuild(enum.IntEnum):
     NOTHING = 0
     ATTENTION = 1  # product of qkv, attention
     BRANCHES = 2  # and the product of fc1
-    BLOCK = 3  # and the product of proj, the norms, the compressed inputs of the linears
+    BLOCK = 3  # and the product of proj, norm2, the compressed input of fc2
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def kept_bytes_per_token(keep: Keep, width: int, mlp_width: int, heads: int, gra
     kept = size * width + 4
     if keep.rebuild is Rebuild.BLOCK:
         return kept + 4
-    kept += size * width + 4 + _compressed_inputs(width, mlp_width, gradient_rank)
+    kept += size * width + 4 + _compressed_input(mlp_width, gradient_rank)
     if keep.rebuild < Rebuild.BRANCHES:
         kept += mlp_width if keep.compact else 4 * mlp_width
     if keep.rebuild < Rebuild.ATTENTION:
@@ -68,10 +69,10 @@ def rebuilt_bytes_per_token(keep: Keep, width: int, mlp_width: int, heads: int, 
         rebuilt += mlp_width if keep.compact else 4 * mlp_width
     if keep.rebuild is Rebuild.BLOCK:
         rebuilt += (2 if keep.compact else 4) * width + 4
-        rebuilt += _compressed_inputs(width, mlp_width, gradient_rank)
+        rebuilt += _compressed_input(mlp_width, gradient_rank)
     return rebuilt
 
 
-def _compressed_inputs(width: int, mlp_width: int, gradient_rank: int) -> int:
-    """z (r,) of the four linears in float32: of width D, D, D and M."""
-    return 4 * (3 * min(gradient_rank, width) + min(gradient_rank, mlp_width))
+def _compressed_input(mlp_width: int, gradient_rank: int) -> int:
+    """z (r,) of fc2 in float32."""
+    return 4 * min(gradient_rank, mlp_width)

@@ -15,13 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from wasi_edge.chunks import sampled_tokens
 from wasi_edge.method import Method
 from wasi_edge.models.geometry import ViTGeometry
 
 # products of attention forward (scores, mix), and backward with the scores computed again
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
-# flops of a (K, K) product's worth in one WSI step: H G, LU, Cholesky, and in the updates of G and H
-_CUBES = 2 + 2 / 3 + 1 / 3
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,9 @@ def step_flops(
         return Flops(passes + updates, 0.0, infer)
     gradients = sum(2 * tokens * (inner + out) * min(gradient_rank, inner) for _, out, inner, _ in linears)
     upkeep = sum(
-        _refresh(method, tokens, out, inner, min(gradient_rank, inner))
+        _refresh(name, tokens, out, inner, min(gradient_rank, inner), batch, method)
         + _update(out, inner, rank, gradient_rank) / batch
-        for _, out, inner, rank in linears
+        for name, out, inner, rank in linears
     )
     return Flops(passes + gradients + stem, upkeep, infer)
 
@@ -127,10 +126,12 @@ def _weight(out: int, inner: int, rank: int | None) -> int:
     return out * inner if rank is None else rank * (out + inner)
 
 
-def _refresh(method: Method, tokens: int, out: int, inner: int, r: int) -> float:
-    """One warm iteration of U: x^T (x U); where x is kept, dW^T (dW U) without forming dW."""
-    products = 4 * tokens * inner * r
-    return products + 4 * tokens * out * r if method is Method.WSI else products
+def _refresh(name: str, tokens: int, out: int, inner: int, r: int, batch: int, method: Method) -> float:
+    """One warm iteration of U from a share of the tokens: dW^T (dW U) without forming dW; of fc2, whose input is gone
+    by the time its gradient is known, x^T (x U)."""
+    share = sampled_tokens(batch * tokens) / (batch * tokens)
+    follows_gradient = method is Method.WSI or not name.endswith(".fc2")
+    return share * 4 * tokens * r * (inner + (out if follows_gradient else 0))
 
 
 def _update(out: int, inner: int, rank: int | None, gradient_rank: int) -> float:
@@ -141,7 +142,8 @@ def _update(out: int, inner: int, rank: int | None, gradient_rank: int) -> float
     if rank is None:
         return carry + 2 * out * inner * r
     thin = 2 * rank * r * (2 * out + 3 * inner)  # L^T P, R U, L + P E, F, R + X F
-    return carry + thin + _CUBES * rank**3 + 2 * 9 * rank * rank * r
+    # five products of an inverse Gram matrix with (K, r), and a change of rank 2 r to both
+    return carry + thin + 18 * rank * rank * r
 
 
 def _iteration(a: int, b: int, r: int) -> float:

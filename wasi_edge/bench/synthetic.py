@@ -19,6 +19,6 @@ EPSILON_SHARES = {0.8: 1.0, 0.6: 0.55}
 def synthetic_ranks(geometry: ViTGeometry, part: float = 1.0) -> dict[str, int | None]:
     """Rank of each linear: `part` of what epsilon 0.8 gives, at least 1 and at most min(O, I)."""
     return {
-        name: max(1, min(min(shape), round(part * RANK_SHARES[name.rpartition(".")[2]] * min(shape))))
+        name: max(1, min(min(shape), int(part * RANK_SHARES[name.rpartition(".")[2]] * min(shape))))
         for name, shape in geometry.linear_shapes().items()
     }

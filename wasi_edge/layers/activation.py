@@ -25,17 +25,13 @@ class SavedGelu(NamedTuple):
     derivative: Tensor | None
 
 
-def gelu_(a: Tensor) -> Tensor:
-    """gelu(a) (T, M), in place."""
-    return torch.ops.aten.gelu_(a)
-
-
 def keep_gelu(a: Tensor, run: Pass, save_as: str | None, compact: bool) -> SavedGelu | None:
-    """What the backward pass needs of GELU's input a (T, M), before it is overwritten."""
+    """What the backward pass needs of GELU's input a (T, M): its derivative, or a itself where it is; nothing without
+    a name."""
     if save_as is None:
         return None
     if not compact:
-        return SavedGelu(run.workspace.keep(save_as, a, a.dtype), None)
+        return SavedGelu(a, None)
     derivative = run.workspace.take(save_as, tuple(a.shape), torch.uint8)
     # contiguous: for an expanded one the kernel makes a copy of its whole output
     one = run.workspace.take("gelu.one", (min(GELU_ROWS, len(a)), a.shape[1]), a.dtype).fill_(1.0)
@@ -45,6 +41,13 @@ def keep_gelu(a: Tensor, run: Pass, save_as: str | None, compact: bool) -> Saved
         # + 0.5 because conversion to an integer truncates
         target.copy_(slope.sub_(_LOWEST).mul_(1 / _STEP).add_(0.5))
     return SavedGelu(None, derivative)
+
+
+def gelu(a: Tensor, saved: SavedGelu | None, run: Pass) -> Tensor:
+    """gelu(a) (T, M), in place; where `saved` refers to a, in the buffer that all blocks share."""
+    if saved is None or saved.inputs is None:
+        return torch.ops.aten.gelu_(a)
+    return torch.ops.aten.gelu.out(a, out=run.workspace.take("block.inner", tuple(a.shape), a.dtype))
 
 
 def gelu_backward(saved: SavedGelu, dy: Tensor, run: Pass) -> Tensor:

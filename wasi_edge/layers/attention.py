@@ -1,7 +1,7 @@
 """Multi-head self-attention with an explicit backward.
 
-Photo by photo: the kernels return new tensors, which are then small, short-lived and of one size; heads and rows are
-work enough for the cores. q, k and v are strided views of one (N, 3D) tensor, so no transpose of them is ever
+A few photos at a time: the kernels return new tensors, which are then small, short-lived and of one size; heads and
+rows are work enough for the cores. q, k and v are strided views of one (N, 3D) tensor, so no transpose of them is ever
 materialised. Forward and backward are torch's fused CPU kernels, which keep only the log-sum-exp of each row; where a
 torch lacks them (they are not public API) the textbook product is used. `mask` is not needed
 by ViT; the kernels take `is_causal` and an additive mask when a decoder comes.
@@ -9,11 +9,13 @@ by ViT; the kernels take `is_causal` and an additive mask when a decoder comes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from wasi_edge.chunks import attention_photos
 from wasi_edge.layers.saving import Pass
 
 _FUSED = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu") and hasattr(
@@ -28,33 +30,40 @@ class SavedAttention(NamedTuple):
     out: Tensor
     lse: Tensor | None
 
+    def output(self, dtype: torch.dtype, run: Pass) -> Tensor:
+        """`out` (B, N, D) in `dtype`, in the buffer that norms share unless it is so already."""
+        return _widened(self.out, "norm.out", dtype, run)
+
 
 def attention_forward(
     qkv: Tensor, heads: int, run: Pass, save_as: str | None, dtype: torch.dtype | None, fused: bool = _FUSED
 ) -> tuple[Tensor, SavedAttention | None]:
-    """(B, N, 3D) -> (B, N, D), in the buffer that all blocks share.
+    """(B, N, 3D) -> (B, N, D), in the buffer that all blocks share, or in one of its own if it is to be kept as it is.
 
-    With `save_as`, qkv and the output are copied in `dtype`; None refers to them where they are, for a backward pass
-    that comes before anything else is written there.
+    With `save_as`, qkv and the output are kept in `dtype`: copied if that is not their own. None refers to them where
+    they are, for a backward pass that comes before anything else is written there.
     """
     batch, tokens, triple = qkv.shape
     width, take = triple // 3, run.workspace.take
-    out = take("attention.out", (batch, tokens, width), qkv.dtype)
+    is_copied = save_as is not None and dtype is not None and dtype is not qkv.dtype
+    own = save_as is not None and dtype is qkv.dtype
+    out = take(f"{save_as}.out" if own else "attention.out", (batch, tokens, width), qkv.dtype)
     lse: Tensor | None = None
-    for photo in range(batch):
-        q, k, v = _split_heads(qkv[photo : photo + 1], heads)
+    for photos in _chunks(batch, tokens):
+        q, k, v = _split_heads(qkv[photos], heads)
         if fused:
             mixed, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
             if save_as is not None:
                 lse = take(f"{save_as}.lse", (batch, heads, tokens), sums.dtype)
-                lse[photo] = sums[0]
+                lse[photos] = sums
         else:
             mixed = _probabilities(q, k) @ v
-        out[photo].view(tokens, heads, width // heads).copy_(mixed[0].transpose(0, 1))
+        out[photos].view(-1, tokens, heads, width // heads).copy_(mixed.transpose(1, 2))
     if save_as is None:
         return out, None
-    if dtype is None:
+    if not is_copied:
         return out, SavedAttention(qkv, out, lse)
+    assert dtype is not None
     keep = run.workspace.keep
     return out, SavedAttention(keep(f"{save_as}.qkv", qkv, dtype), keep(f"{save_as}.out", out, dtype), lse)
 
@@ -62,21 +71,20 @@ def attention_forward(
 def attention_backward(saved: SavedAttention, dout: Tensor, heads: int, run: Pass) -> Tensor:
     """(B, N, D) -> gradient of qkv (B, N, 3D), in the buffer that held qkv in the forward pass of a block."""
     batch, tokens, width = dout.shape
-    head_dim, keep = width // heads, run.workspace.keep
+    head_dim = width // heads
     dqkv = run.workspace.take("block.qkv", (batch, tokens, 3, heads, head_dim), dout.dtype)
-    for photo in range(batch):
-        one = slice(photo, photo + 1)
-        q, k, v = _split_heads(keep("attention.photo.qkv", saved.qkv[one], dout.dtype), heads)
-        dmixed = dout[one].view(1, tokens, heads, head_dim).transpose(1, 2)
+    for photos in _chunks(batch, tokens):
+        q, k, v = _split_heads(_widened(saved.qkv[photos], "attention.photo.qkv", dout.dtype, run), heads)
+        dmixed = dout[photos].view(-1, tokens, heads, head_dim).transpose(1, 2)
         if saved.lse is not None:
-            mixed = keep("attention.photo.out", saved.out[one], dout.dtype)
+            mixed = _widened(saved.out[photos], "attention.photo.out", dout.dtype, run)
             dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 dmixed,
                 q,
                 k,
                 v,
-                mixed.view(1, tokens, heads, head_dim).transpose(1, 2),
-                saved.lse[one],
+                mixed.view(-1, tokens, heads, head_dim).transpose(1, 2),
+                saved.lse[photos],
                 0.0,
                 False,
             )
@@ -86,8 +94,18 @@ def attention_backward(saved: SavedAttention, dout: Tensor, heads: int, run: Pas
             ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * head_dim**-0.5
             dq, dk, dv = ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ dmixed
         for index, gradient in enumerate((dq, dk, dv)):
-            dqkv[photo, :, index].copy_(gradient[0].transpose(0, 1))
+            dqkv[photos, :, index].copy_(gradient.transpose(1, 2))
     return dqkv.view(batch, tokens, 3 * width)
+
+
+def _widened(kept: Tensor, name: str, dtype: torch.dtype, run: Pass) -> Tensor:
+    """What was kept, in `dtype`: as it is where it is so already."""
+    return kept if kept.dtype is dtype else run.workspace.keep(name, kept, dtype)
+
+
+def _chunks(batch: int, tokens: int) -> Iterator[slice]:
+    step = attention_photos(tokens)
+    return (slice(first, min(first + step, batch)) for first in range(0, batch, step))
 
 
 def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,9 @@
 
 `keep.py` has the choices and what each costs per token; `_KEPT` is what they mean here. The backward pass rebuilds the
 rest just before it is read: GELU's derivative from n2, the attention from n1, everything from the block's input. All
-blocks share the buffers of what is rebuilt, because only one of them is in its backward pass at a time.
+blocks share the buffers of what is rebuilt, because only one of them is in its backward pass at a time. Of the linears
+only fc2 keeps anything: the inputs of the others are at hand again by then. What is kept as it is, and not rounded, is
+written where it stays at once: no copy is made of it.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ import torch
 from torch import Tensor
 
 from wasi_edge.keep import Keep, Rebuild
-from wasi_edge.layers.activation import SavedGelu, gelu_, gelu_backward, keep_gelu
+from wasi_edge.layers.activation import SavedGelu, gelu, gelu_backward, keep_gelu
 from wasi_edge.layers.attention import SavedAttention, attention_backward, attention_forward
 from wasi_edge.layers.linear import Linear
 from wasi_edge.layers.norm import LayerNorm, SavedNorm
 from wasi_edge.layers.saving import Pass
 
-_PARTS = ("norm1", "qkv", "attention", "proj", "norm2", "fc1", "gelu", "fc2")
+_PARTS = ("norm1", "attention", "norm2", "gelu", "fc2")
 # what the forward pass keeps
 _KEPT = {
     Rebuild.NOTHING: _PARTS,
@@ -40,11 +42,8 @@ class SavedBlock:
     shape: tuple[int, int, int]
     keep: Keep
     norm1: SavedNorm | None = None
-    qkv: Tensor | None = None
     attention: SavedAttention | None = None
-    proj: Tensor | None = None
     norm2: SavedNorm | None = None
-    fc1: Tensor | None = None
     gelu: SavedGelu | None = None
     fc2: Tensor | None = None
 
@@ -87,12 +86,11 @@ class Block:
 
         needs_input = saved.keep.rebuild is Rebuild.BLOCK
         n1, saved.norm1 = self.norm1.forward(residual, run, names["norm1"], dtype, with_mean=needs_input)
-        mixed, saved.qkv, saved.attention = self._mix(n1, saved, names, run, dtype)
-        middle, saved.proj = self._add_branch(residual, self.proj, mixed, tokens, run, names["proj"], "block.middle")
+        mixed, saved.attention = self._mix(n1, saved, names["attention"], run, dtype)
+        middle, _ = self._add_branch(residual, self.proj, mixed, tokens, run, None, "block.middle")
         n2, saved.norm2 = self.norm2.forward(middle, run, names["norm2"], dtype)
-        inner, saved.fc1 = self._expand(n2, tokens, run, names["fc1"])
-        saved.gelu = keep_gelu(inner, run, names["gelu"], saved.keep.compact)
-        y, saved.fc2 = self._add_branch(middle, self.fc2, gelu_(inner), tokens, run, names["fc2"], "block.out")
+        inner, saved.gelu = self._expand(n2, saved, names["gelu"], run)
+        y, saved.fc2 = self._add_branch(middle, self.fc2, inner, tokens, run, names["fc2"], "block.out")
         return y.view_as(x), None if keep is None else saved
 
     def backward(self, saved: SavedBlock, dy: Tensor, run: Pass) -> tuple[Tensor, dict[str, Tensor]]:
@@ -103,42 +101,34 @@ class Block:
             self._rebuild(saved, run)
         elif saved.keep.rebuild is Rebuild.BRANCHES:
             assert saved.norm2
-            inner, _ = self._expand(self.norm2.again(saved.norm2, run), tokens, run, None)
+            inner = self._inner(self.norm2.again(saved.norm2, run), saved, f"{_REBUILT}.gelu", run)
             saved.gelu = keep_gelu(inner, run, f"{_REBUILT}.gelu", saved.keep.compact)
-        assert saved.norm1 and saved.norm2 and saved.gelu
-        assert saved.qkv is not None and saved.proj is not None
-        assert saved.fc1 is not None and saved.fc2 is not None
+        assert saved.norm1 and saved.norm2 and saved.gelu and saved.fc2 is not None
         take = run.workspace.take
-        grads: dict[str, Tensor] = {}
+        grads: dict[str, dict[str, Tensor]] = {}
 
         dinner = take("block.inner", (dy.shape[0], self.fc1.shape[0]), dy.dtype)
         dbranch = take("block.branch", (dy.shape[0], width), dy.dtype)
-        dinner, grads_fc2 = self.fc2.backward(saved.fc2, dy, tokens, run, out=dinner)
+        dinner, grads["fc2"] = self.fc2.backward(saved.fc2, dy, tokens, run, out=dinner)
         dinner = gelu_backward(saved.gelu, dinner, run)
-        dbranch, grads_fc1 = self.fc1.backward(saved.fc1, dinner, tokens, run, out=dbranch)
-        dx, grads_norm2 = self.norm2.backward(saved.norm2, dbranch, run)
+        n2 = self.norm2.again(saved.norm2, run)
+        dbranch, grads["fc1"] = self.fc1.backward_from_input(n2, dinner, run, out=dbranch)
+        dx, grads["norm2"] = self.norm2.backward(saved.norm2, dbranch, run)
         dy.add_(dx)
 
         if saved.attention is None:
             n1 = self.norm1.again(saved.norm1, run)
-            _, _, saved.attention = self._mix(n1, saved, _names(_REBUILT, ("attention",)), run, None)
+            _, saved.attention = self._mix(n1, saved, f"{_REBUILT}.attention", run, None)
         assert saved.attention is not None
-        dbranch, grads_proj = self.proj.backward(saved.proj, dy, tokens, run, out=dbranch)
+        mixed = saved.attention.output(dy.dtype, run).view_as(dy)
+        dbranch, grads["proj"] = self.proj.backward_from_input(mixed, dy, run, out=dbranch)
         dqkv = attention_backward(saved.attention, dbranch.view(batch, tokens, width), self.heads, run)
-        dbranch, grads_qkv = self.qkv.backward(saved.qkv, dqkv.view(-1, 3 * width), tokens, run, out=dbranch)
-        dx, grads_norm1 = self.norm1.backward(saved.norm1, dbranch, run)
+        n1 = self.norm1.again(saved.norm1, run)
+        dbranch, grads["qkv"] = self.qkv.backward_from_input(n1, dqkv.view(-1, 3 * width), run, out=dbranch)
+        dx, grads["norm1"] = self.norm1.backward(saved.norm1, dbranch, run)
         dy.add_(dx)
-
-        for layer, layer_grads in (
-            ("norm1", grads_norm1),
-            ("qkv", grads_qkv),
-            ("proj", grads_proj),
-            ("norm2", grads_norm2),
-            ("fc1", grads_fc1),
-            ("fc2", grads_fc2),
-        ):
-            grads.update({f"{layer}.{key}": value for key, value in layer_grads.items()})
-        return dy.view(batch, tokens, width), grads
+        named = {f"{layer}.{key}": value for layer in self.layers for key, value in grads[layer].items()}
+        return dy.view(batch, tokens, width), named
 
     def _rebuild(self, saved: SavedBlock, run: Pass) -> None:
         """Everything but the output, again from the kept input; the product of fc2 is read by nobody."""
@@ -147,26 +137,24 @@ class Block:
         names = _names(_REBUILT, _PARTS)
         n1 = self.norm1.again(saved.norm1, run)
         # queries, keys, values and the attention's output stay where they are: the MLP's backward leaves them alone
-        mixed, saved.qkv, saved.attention = self._mix(n1, saved, names, run, None)
+        mixed, saved.attention = self._mix(n1, saved, names["attention"], run, None)
         residual = self.norm1.inputs(saved.norm1, run.workspace.take("block.out", tuple(n1.shape), n1.dtype))
-        middle, saved.proj = self._add_branch(residual, self.proj, mixed, tokens, run, names["proj"], "block.middle")
+        middle, _ = self._add_branch(residual, self.proj, mixed, tokens, run, None, "block.middle")
         dtype = _kept_dtype(saved.keep, middle.dtype)
         n2, saved.norm2 = self.norm2.forward(middle, run, names["norm2"], dtype)
-        inner, saved.fc1 = self._expand(n2, tokens, run, names["fc1"])
-        saved.gelu = keep_gelu(inner, run, names["gelu"], saved.keep.compact)
-        saved.fc2 = self.fc2.save(gelu_(inner), tokens, run, f"{_REBUILT}.fc2")
+        inner, saved.gelu = self._expand(n2, saved, names["gelu"], run)
+        saved.fc2 = self.fc2.save(inner, tokens, run, f"{_REBUILT}.fc2")
 
     def _mix(
-        self, n1: Tensor, saved: SavedBlock, names: dict[str, str | None], run: Pass, dtype: torch.dtype | None
-    ) -> tuple[Tensor, Tensor | None, SavedAttention | None]:
-        """norm1's output (T, D) -> attention's (T, D), the kept input of qkv, and what the attention keeps."""
+        self, n1: Tensor, saved: SavedBlock, save_as: str | None, run: Pass, dtype: torch.dtype | None
+    ) -> tuple[Tensor, SavedAttention | None]:
+        """norm1's output (T, D) -> attention's (T, D), and what the attention keeps."""
         batch, tokens, width = saved.shape
-        qkv = run.workspace.take("block.qkv", (len(n1), 3 * width), n1.dtype)
-        qkv, z = self.qkv.forward(n1, tokens, run, names["qkv"], out=qkv)
-        mixed, attention = attention_forward(
-            qkv.view(batch, tokens, 3 * width), self.heads, run, names["attention"], dtype
-        )
-        return mixed.view(len(n1), width), z, attention
+        own = save_as is not None and dtype is n1.dtype
+        qkv = run.workspace.take(f"{save_as}.qkv" if own else "block.qkv", (len(n1), 3 * width), n1.dtype)
+        qkv, _ = self.qkv.forward(n1, tokens, run, None, out=qkv)
+        mixed, attention = attention_forward(qkv.view(batch, tokens, 3 * width), self.heads, run, save_as, dtype)
+        return mixed.view(len(n1), width), attention
 
     def _add_branch(
         self, residual: Tensor, last: Linear, x: Tensor, tokens: int, run: Pass, name: str | None, out: str
@@ -176,10 +164,17 @@ class Block:
         branch, z = last.forward(x, tokens, run, name, out=branch)
         return torch.add(residual, branch, out=run.workspace.take(out, tuple(residual.shape), residual.dtype)), z
 
-    def _expand(self, n2: Tensor, tokens: int, run: Pass, name: str | None) -> tuple[Tensor, Tensor | None]:
-        """norm2's output (T, D) -> GELU's input (T, M), and the kept input of fc1."""
-        inner = run.workspace.take("block.inner", (len(n2), self.fc1.shape[0]), n2.dtype)
-        return self.fc1.forward(n2, tokens, run, name, out=inner)
+    def _expand(self, n2: Tensor, saved: SavedBlock, save_as: str | None, run: Pass) -> tuple[Tensor, SavedGelu | None]:
+        """norm2's output (T, D) -> fc2's input (T, M), in the buffer that all blocks share, and what GELU keeps."""
+        inner = self._inner(n2, saved, save_as, run)
+        kept = keep_gelu(inner, run, save_as, saved.keep.compact)
+        return gelu(inner, kept, run), kept
+
+    def _inner(self, n2: Tensor, saved: SavedBlock, save_as: str | None, run: Pass) -> Tensor:
+        """norm2's output (T, D) -> GELU's input (T, M), in a buffer of its own if that is what is to be kept."""
+        name = "block.inner" if save_as is None or saved.keep.compact else save_as
+        inner = run.workspace.take(name, (len(n2), self.fc1.shape[0]), n2.dtype)
+        return self.fc1.forward(n2, saved.shape[1], run, None, out=inner)[0]
 
 
 def _names(slot: str, parts: tuple[str, ...]) -> dict[str, str | None]:

@@ -5,9 +5,13 @@
     AsiLinear    a dense W (O, I):            y = x W^T + b;        keeps z = x U (T, r)
 
 Their weight gradient is P = dy^T x U (O, r), meaning dW ~ P U^T, with U (I, r) an orthonormal basis warm-started from
-step to step (arXiv 2510.09160; the factored form is ours): no gradient of shape (O, I) ever exists. U follows the
-input, weighted by where gradients arrive, because x is gone by the time dy is known; where x is kept (WSI) it follows
-the gradient itself, which is the best that rank r can do.
+step to step (arXiv 2510.09160; the factored form is ours): no gradient of shape (O, I) ever exists.
+
+There are two backward passes. `backward` reads what the forward pass kept: where that is z, U had to be chosen before
+dy was known, and follows the input, weighted by where gradients arrived in the past. `backward_from_input` is for
+callers that have x at hand in the backward pass anyway (the output of a norm is its own x_hat again, that of the
+attention is kept for the attention's sake): nothing is kept for the linear, and U follows the gradient itself,
+U <- orth(dW^T dW U) with dW = dy^T x, which is the best that rank r can do. So does WSI, which keeps x.
 
 An optional output scale s (LayerScale) belongs to the linear before it: y = s * (x W^T + b). Its gradient is
 ds_o = <W_o, dW'_o> + b_o db'_o with dW' the gradient before scaling, so nothing is kept for it.
@@ -15,11 +19,13 @@ ds_o = <W_o, dW'_o> + b_o db'_o with dW' the gradient before scaling, so nothing
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from wasi_edge.chunks import padded_rank, sampled_tokens
 from wasi_edge.layers.saving import Pass
 from wasi_edge.method import Method
 from wasi_edge.subspace import tucker
@@ -78,6 +84,12 @@ class DenseLinear:
             weight = scale[:, None] * weight
         return torch.mm(dy, weight, out=out), grads
 
+    def backward_from_input(
+        self, x: Tensor, dy: Tensor, run: Pass, out: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`backward` with the input (T, I) itself."""
+        return self.backward(x, dy, 1, run, out)
+
 
 class SubspaceLinear:
     """A linear whose weight gradient is P U^T. `basis` U (I, r) and `token_weight` (N,) are training state, None until
@@ -131,9 +143,10 @@ class SubspaceLinear:
         """What the backward pass needs of x: z = x U (T, r), U refreshed first where this pass says so."""
         assert self.basis is not None and self.token_weight is not None, "start_training was not called"
         if run.refresh_basis:
-            weight = self.token_weight.repeat(x.shape[0] // tokens)
+            stride = len(x) // sampled_tokens(len(x))
+            weight = self.token_weight.repeat(len(x) // tokens)[::stride]
             iterations = _COLD_ITERATIONS if self._cold else 1
-            self.basis = tucker.refresh_basis(x, self.basis, weight, iterations)
+            self.basis = tucker.refresh_basis(x[::stride], self.basis, weight, iterations)
             self._cold = False
         z = run.workspace.take(save_as, (x.shape[0], self.basis.shape[1]), x.dtype)
         return torch.mm(x, self.basis, out=z)  # (T, I) @ (I, r) -> (T, r)
@@ -142,7 +155,34 @@ class SubspaceLinear:
         self, saved: Tensor, dy: Tensor, tokens: int, run: Pass, out: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(T, O) -> gradient of x (T, I), into `out` if given; `projected` P (O, r) and the dense parameters'."""
-        weights, projected = self._weights(dy.dtype, run), self._projected(saved, dy, tokens, run)
+        assert self.token_weight is not None, "start_training was not called"
+        # lagged mean of |dy_t|^2 at each token position, relative to the mean over positions
+        energy = torch.linalg.vector_norm(dy, dim=1).square_().view(-1, tokens).mean(0)
+        mean = energy.mean()
+        if mean > 0:
+            self.token_weight.mul_(_TOKEN_WEIGHT_MOMENTUM).add_(energy.div_(mean), alpha=1 - _TOKEN_WEIGHT_MOMENTUM)
+        return self._backward(saved, dy, run, out)
+
+    def backward_from_input(
+        self, x: Tensor, dy: Tensor, run: Pass, out: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same with the input (T, I) itself: U is chosen by the gradient first, where this pass says so."""
+        assert self.basis is not None, "start_training was not called"
+        if run.refresh_basis:
+            some_x, some_dy = _strongest(x, dy)
+            iterations = _COLD_ITERATIONS if self._cold else 1
+            for _ in range(iterations):
+                left = some_dy.t() @ (some_x @ self.basis)  # dW U, (O, r)
+                if not 0 < float(left.norm()) < math.inf:
+                    break  # no gradient, nothing to follow; or none that training will go on with
+                self.basis = orthonormalise(some_x.t() @ (some_dy @ left))  # orth(dW^T dW U)
+                self._cold = False
+        z = run.workspace.take("linear.projection", (len(x), self.basis.shape[1]), x.dtype)
+        return self._backward(torch.mm(x, self.basis, out=z), dy, run, out)
+
+    def _backward(self, z: Tensor, dy: Tensor, run: Pass, out: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        weights = self._weights(dy.dtype, run)
+        projected = dy.t() @ z  # (O, T) @ (T, r) -> (O, r)
         grads = {"projected": projected}
         if "bias" in self.params:
             grads["bias"] = dy.sum(0)
@@ -156,16 +196,6 @@ class SubspaceLinear:
                 grads["bias"] *= scale
             projected *= scale[:, None]
         return self._product_backward(weights, dy, run, out), grads
-
-    def _projected(self, saved: Tensor, dy: Tensor, tokens: int, run: Pass) -> Tensor:
-        """P (O, r) from what `save` kept; learns where gradients arrive."""
-        assert self.token_weight is not None
-        # lagged mean of |dy_t|^2 at each token position, relative to the mean over positions
-        energy = torch.linalg.vector_norm(dy, dim=1).square_().view(-1, tokens).mean(0)
-        mean = energy.mean()
-        if mean > 0:
-            self.token_weight.mul_(_TOKEN_WEIGHT_MOMENTUM).add_(energy.div_(mean), alpha=1 - _TOKEN_WEIGHT_MOMENTUM)
-        return dy.t() @ saved  # (O, T) @ (T, r) -> (O, r)
 
     def _weights(self, dtype: torch.dtype, run: Pass) -> tuple[Tensor, ...]:
         """The weight, or its factors, in `dtype`: what the three products below are made with."""
@@ -188,12 +218,15 @@ class WasiLinear(SubspaceLinear):
     """y = (x R^T) L^T + b. `params`: left (O, K), right (K, I), bias (O,), perhaps scale (O,).
 
     Factors in float16 are widened into two shared buffers each time they are used: products are always in x's type.
+    Products run over a rank padded to a multiple of 8 with zeros, which no parameter shows.
     """
 
     def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
         if left.shape[1] != right.shape[0]:
             raise ValueError(f"left is {tuple(left.shape)} but right is {tuple(right.shape)}: ranks must agree")
-        super().__init__({"left": left, "right": right}, bias, scale)
+        self._left, self._right = _padded(left, right)
+        rank = left.shape[1]
+        super().__init__({"left": self._left[:, :rank], "right": self._right[:rank]}, bias, scale)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -220,7 +253,7 @@ class WasiLinear(SubspaceLinear):
         return left @ (right @ basis)
 
     def _weights(self, dtype: torch.dtype, run: Pass) -> tuple[Tensor, ...]:
-        left, right = self.params["left"], self.params["right"]
+        left, right = self._left, self._right
         if left.dtype is dtype:
             return left, right
         keep = run.workspace.keep
@@ -234,14 +267,11 @@ class WsiLinear(WasiLinear):
         """What the backward pass needs of x: all of it."""
         return run.workspace.keep(save_as, x, x.dtype)
 
-    def _projected(self, saved: Tensor, dy: Tensor, tokens: int, run: Pass) -> Tensor:
-        assert self.basis is not None, "start_training was not called"
-        if run.refresh_basis:
-            for _ in range(_COLD_ITERATIONS if self._cold else 1):
-                left = dy.t() @ (saved @ self.basis)  # dW U, (O, r)
-                self.basis = orthonormalise(saved.t() @ (dy @ left))  # orth(dW^T dW U)
-            self._cold = False
-        return dy.t() @ (saved @ self.basis)
+    def backward(
+        self, saved: Tensor, dy: Tensor, tokens: int, run: Pass, out: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`backward_from_input`: what was kept is the input."""
+        return self.backward_from_input(saved, dy, run, out)
 
 
 class AsiLinear(SubspaceLinear):
@@ -289,6 +319,27 @@ class LinearKinds(NamedTuple):
 
 
 PLAIN_KINDS = LinearKinds()
+
+
+def _strongest(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Of x (T, I) and dy (T, O) the tokens whose gradients are largest: a quarter of them stands for the whole."""
+    rows = sampled_tokens(len(dy))
+    if rows == len(dy):
+        return x, dy
+    strongest = torch.linalg.vector_norm(dy, dim=1).topk(rows, sorted=False).indices
+    return x[strongest], dy[strongest]
+
+
+def _padded(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """left (O, K), right (K, I) with zeros up to the next padded rank; as they are where there is nothing to add."""
+    (out_features, rank), in_features = left.shape, right.shape[1]
+    held = padded_rank(rank)
+    if held == rank:
+        return left, right
+    wide_left, wide_right = left.new_zeros(out_features, held), right.new_zeros(held, in_features)
+    wide_left[:, :rank] = left
+    wide_right[:rank] = right
+    return wide_left, wide_right
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from wasi_edge.chunks import EVALUATION_BATCH, GELU_ROWS, HEAD_ROWS, NORM_ROWS, UPDATE_MATRICES
+from wasi_edge.chunks import EVALUATION_BATCH, GELU_ROWS, HEAD_ROWS, NORM_ROWS, UPDATE_MATRICES, attention_photos
 from wasi_edge.keep import kept_bytes_per_token, rebuilt_bytes_per_token
 from wasi_edge.method import Method
 from wasi_edge.planner.choices import Choices
@@ -51,7 +51,7 @@ def subspace_bytes(load: Workload, choices: Choices) -> int:
 
 
 def gram_bytes(load: Workload, choices: Choices) -> int:
-    """The Gram matrices of the trained factors, two symmetric float64 (K, K) packed in one."""
+    """What is carried with the trained factors, float32: two inverse Gram matrices (K, K) and three vectors (K,)."""
     return _trained_sizes(load, choices).grams
 
 
@@ -69,14 +69,15 @@ def update_scratch_bytes(linears: Iterable[tuple[int, int, int]]) -> int:
 
 
 def kept_bytes(load: Workload, choices: Choices) -> int:
-    """What all trained blocks keep for each token, and what the one at work rebuilds."""
+    """What all trained blocks keep for each token, what the one at work rebuilds, and the z of its linear at work."""
     geometry = load.geometry
     # whole inputs are as many numbers as those compressed to their own width
     rank = geometry.mlp_width if load.method is Method.WSI else choices.gradient_rank
     shape = geometry.width, geometry.mlp_width, geometry.heads, rank
     counts = choices.count_keeps()
     kept = sum(count * kept_bytes_per_token(keep, *shape) for keep, count in counts.items())
-    return kept + max((rebuilt_bytes_per_token(keep, *shape) for keep in counts), default=0)
+    rebuilt = max((rebuilt_bytes_per_token(keep, *shape) for keep in counts), default=0)
+    return kept + rebuilt + FLOAT * choices.gradient_rank
 
 
 def forward_bytes_per_token(load: Workload) -> int:
@@ -97,10 +98,10 @@ def shared_bytes_per_token(load: Workload) -> int:
 
 
 def fresh_bytes(load: Workload, micro_batch: int) -> int:
-    """What is made anew each time: norms, a few tokens at a time, and attention, photo by photo (q, k, v and their
-    gradients, the output and its). Counted twice, for the gaps it leaves in the heap."""
+    """What is made anew each time: norms, a few tokens at a time, and attention, a few photos at a time (q, k, v and
+    their gradients, the output and its). Counted twice, for the gaps it leaves in the heap."""
     d, rows = load.geometry.width, min(micro_batch * load.tokens, NORM_ROWS)
-    return FLOAT * 2 * (2 * d * rows + load.tokens * 8 * d)
+    return FLOAT * 2 * (2 * d * rows + min(micro_batch, attention_photos(load.tokens)) * load.tokens * 8 * d)
 
 
 def scratch_bytes(load: Workload, micro_batch: int, compact: bool) -> int:
@@ -310,7 +311,7 @@ def _trained_sizes(load: Workload, choices: Choices) -> _TrainedSizes:
         load.memo[key] = _TrainedSizes(
             subspaces=sum((out + inner) * r * FLOAT for out, inner, r in ranks),
             bases=sum(inner * r * FLOAT for _, inner, r in ranks),
-            grams=sum(rank * (rank + 1) * 2 * FLOAT for _, _, rank in linears),
+            grams=sum((2 * rank + 3) * rank * FLOAT for _, _, rank in linears),
             scratch=update_scratch_bytes(linears),
         )
     return load.memo[key]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from wasi_edge.chunks import padded_rank
 from wasi_edge.method import Method
 from wasi_edge.models.geometry import ViTGeometry
 
@@ -49,12 +50,12 @@ class Workload:
 
     @cached_property
     def trained_counts(self) -> list[tuple[int, int]]:
-        """Of each block, parameters of its dense linears and of its factors."""
+        """Of each block, parameters of its dense linears and of its factors, as they are held in memory."""
         return self._linear_counts(self.ranks)
 
     @cached_property
     def stored_counts(self) -> list[tuple[int, int]]:
-        """The same as on disk."""
+        """The same, of the ranks on disk."""
         return self._linear_counts(self.stored_ranks or self.ranks)
 
     def _linear_counts(self, ranks: Mapping[str, int | None]) -> list[tuple[int, int]]:
@@ -64,7 +65,7 @@ class Workload:
             if rank is None:
                 block[0] += out * inner
             else:
-                block[1] += (out + inner) * rank
+                block[1] += (out + inner) * padded_rank(rank)
         return [(dense, factored) for dense, factored in counts]
 
     @cached_property
@@ -76,18 +77,18 @@ class Workload:
 
     @cached_property
     def largest_rank(self) -> int:
-        """The largest K."""
-        return max(rank for block in self.linears for _, _, rank in block)
+        """The largest K, as it is held."""
+        return max(padded_rank(rank) for block in self.linears for _, _, rank in block)
 
     @cached_property
     def largest_left(self) -> int:
         """O K of the largest left factor."""
-        return max(out * rank for block in self.linears for out, _, rank in block)
+        return max(out * padded_rank(rank) for block in self.linears for out, _, rank in block)
 
     @cached_property
     def largest_right(self) -> int:
         """K I of the largest right factor."""
-        return max(inner * rank for block in self.linears for _, inner, rank in block)
+        return max(inner * padded_rank(rank) for block in self.linears for _, inner, rank in block)
 
     @cached_property
     def memo(self) -> dict[tuple[int, int], Any]:

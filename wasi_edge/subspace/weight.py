@@ -6,24 +6,28 @@ decay `lambda` and the factored gradient `P U^T` would give `W+ = c L R - eta P 
 
     L+ = basis of span(W+ W+^T L),   R+ = argmin_R ||W+ - L+ R||_F.
 
-The paper forms `W+`. Where we deviate: only the product `L+ R+` matters, so L need not be orthonormal, and
-with `G = L^T L` and `H = R R^T` carried along the same product costs O(K r (O + I)) + K^3. With `A = L^T P`,
-`Q = R U`, `D = P^T P` and `U^T U = I` (required: both `A0` and `H+` use it),
+The paper forms `W+`. Where we deviate: only the product `L+ R+` matters, so L need not be orthonormal. With
+`G = L^T L`, `H = R R^T`, `A = L^T P`, `Q = R U`, `D = P^T P` and `U^T U = I` (required), the same product is
 
     W+ W+^T L = L A0 + P B0,   A0 = c (c H G - eta Q A^T),   B0 = -eta (c Q^T G - eta A^T)
     L+ = L + P E,              E = B0 A0^{-1}
     R+ = c R + X F,            X = (L+^T L+)^{-1} L+^T P,    F = -(c E R + eta U^T)
 
-and G+, H+ follow by expanding `L+^T L+` and `R+ R+^T`. The (K, K) and (r, K) algebra is float64, the products
-with an O or an I in them have the factors' dtype. L, R, G and H are one state: they change together, in
-`update_weight`, or are made together, in `orthonormal_pair` and `weight_factors`.
+Everything here is a change of rank r or 2 r, so what is carried along is not G and H but their inverses, and no
+(K, K) matrix is ever factorised or multiplied by another (Sherman, Morrison and Woodbury; f = eta / c):
 
-L drifts from orthonormal; rebuild with `orthonormal_pair` when its condition is beyond `MAX_CONDITION` and every few
-hundred steps. It also rotates the pair until H is diagonal: row j of R then has length s_j, so that rounding
-in float32 is relative to each singular direction and not to the largest one.
+    a = H^{-1} Q,   b = H^{-1} G^{-1} A,   S = (1 - f b^T Q)^{-1},   C = f^2 (1 - a^T Q) S
+    E^T = b C^T - f a,   H E^T = G^{-1} A C^T - f Q,   R F^T = -c^2 G^{-1} A C^T,   H^{-1} R F^T = -c^2 b C^T
+    G+ = G + [A, E^T] [[0, 1], [1, D]] [A, E^T]^T,   H+ = c^2 H + [X, R F^T] [[F F^T, 1], [1, 0]] [X, R F^T]^T
 
-Letters: `L` left, `R` right, `G` left_gram, `H` right_gram, `P` gradient_left, `U` basis, `O` out features,
-`I` in features, `K` rank of the weight, `r` rank of the gradient, `c` what decay leaves of the weight.
+H is carried as that of R with its rows divided by `scale`, the singular values when the pair was last made orthonormal.
+Both inverses are then close to the identity, whatever the spread of the singular values, and float32 is enough for them
+(a test holds the product against a float64 oracle). They drift with L and R: `orthonormal_pair` starts anew, when a
+condition is beyond `MAX_CONDITION` and every few hundred steps. L, R and what is carried are one state: they change
+together, in `update_weight`, or are made together, in `orthonormal_pair` and `weight_factors`.
+
+Letters: `L` left, `R` right, `G`, `H` Gram matrices, `P` gradient_left, `U` basis, `O` out features, `I` in features,
+`K` rank of the weight, `r` rank of the gradient, `c` what decay leaves of the weight.
 """
 
 from __future__ import annotations
@@ -35,66 +39,68 @@ from torch import Tensor
 
 from wasi_edge.subspace.orthonormal import CHUNK_ROWS, gram
 
-MAX_CONDITION = 1e3  # of G: beyond it the pair is made orthonormal again
-BREAKDOWN_CONDITION = 1e12  # of G+: beyond it the cheap formulas are not used for this step
+MAX_CONDITION = 1e3  # of either Gram matrix: beyond it the pair is made orthonormal again
+BREAKDOWN = 5e-4  # over the precision: a condition of either beyond it makes the cheap formulas useless for this step
+BREAKDOWN_CONDITION = 1e12  # of G in float64: beyond it Householder reflections take over
 
 
 @dataclass(slots=True, eq=False)
 class WeightFactors:
-    """A weight `left @ right` with the Gram matrices of its factors.
+    """A weight `left @ right` and what is carried along with it.
 
     Attributes
     ----------
     left : Tensor, shape (O, K), float32 or float64
-    right : Tensor, shape (K, I), same dtype
-    left_gram : Tensor, shape (K, K), float64
-        `left^T left`, symmetric.
-    right_gram : Tensor, shape (K, K), float64
-        `right right^T`, symmetric.
+    right : Tensor, shape (K, I)
+    carried : Tensor, shape (2 K + 3, K), all of the same dtype
+        One above the other: the inverses of both Gram matrices, `scale`, and the diagonals of both Gram matrices.
     """
 
     left: Tensor
     right: Tensor
-    left_gram: Tensor
-    right_gram: Tensor
+    carried: Tensor
+
+    @property
+    def left_inverse(self) -> Tensor:
+        """`(left^T left)^{-1}`, (K, K), symmetric. NaN where the matrix is (close to) singular."""
+        return self.carried[: self.carried.shape[1]]
+
+    @property
+    def right_inverse(self) -> Tensor:
+        """The inverse of `right right^T` for `right` with its rows divided by `scale`, (K, K), symmetric; or NaN."""
+        rank = self.carried.shape[1]
+        return self.carried[rank : 2 * rank]
+
+    @property
+    def scale(self) -> Tensor:
+        """(K,), lengths of right's rows when they were last measured."""
+        return self.carried[-3]
+
+    @property
+    def left_squares(self) -> Tensor:
+        """(K,), squared lengths of left's columns."""
+        return self.carried[-2]
+
+    @property
+    def right_squares(self) -> Tensor:
+        """(K,), squared lengths of right's rows in units of `scale`."""
+        return self.carried[-1]
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the weight when the pair was last made orthonormal (exactly then)."""
+        return float(torch.linalg.vector_norm(self.scale))
 
 
-def grams(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `left^T left` and `right right^T`, both (K, K) float64, for left (O, K) and right (K, I).
-
-    Summed in float64 a few hundred rows at a time; no float64 copy of a whole factor is made.
-
-    Raises
-    ------
-    ValueError
-        If the factors' shapes do not match.
-    """
-    _check_pair(left, right)
-    return gram(left), gram(right.T)
-
-
-def pack_grams(left_gram: Tensor, right_gram: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return two symmetric matrices (K, K) in one of (K, K + 1): half the memory of holding both.
-
-    On and below the diagonal stands the left one; above it, one column to the right, the upper triangle of
-    the right one. `out` is filled and returned if given.
-    """
-    rank = left_gram.shape[0]
-    packed = left_gram.new_empty(rank, rank + 1) if out is None else out
-    packed[:, :rank].copy_(left_gram.tril())
-    packed[:, rank].zero_()
-    packed[:, 1:].add_(right_gram.triu())  # where there is nothing yet but zeros
-    return packed
-
-
-def unpack_grams(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the left and the right Gram matrix (K, K) of `pack_grams`, exactly as they were."""
-    left_gram, right_gram = packed[:, :-1].tril(), packed[:, 1:].triu()
-    return left_gram.add_(left_gram.tril(-1).T), right_gram.add_(right_gram.triu(1).T)
+def carried_shape(rank: int) -> tuple[int, int]:
+    """Shape of `WeightFactors.carried`."""
+    return 2 * rank + 3, rank
 
 
 def weight_factors(left: Tensor, right: Tensor) -> WeightFactors:
-    """Return the state of a pair (O, K), (K, I): the same tensors, not copied, and their Gram matrices.
+    """Return the state of a pair (O, K), (K, I): the same tensors, not copied, with what is carried measured anew.
+
+    In the factors' dtype: meant for pairs that are not far from orthonormal.
 
     Raises
     ------
@@ -102,7 +108,38 @@ def weight_factors(left: Tensor, right: Tensor) -> WeightFactors:
         If the factors' shapes or dtypes do not match, or are 16-bit.
     """
     _check_dtype(left, right)
-    return WeightFactors(left, right, *grams(left, right))
+    _check_pair(left, right)
+    factors = WeightFactors(left, right, left.new_empty(carried_shape(left.shape[1])))
+    _measure(factors)
+    return factors
+
+
+def _measure(factors: WeightFactors) -> None:
+    """Fill `carried` from left and right."""
+    left_gram, right_gram = factors.left.T @ factors.left, factors.right @ factors.right.T
+    scale = right_gram.diagonal().sqrt()
+    right_gram /= scale.outer(scale)
+    factors.scale.copy_(scale)
+    factors.left_squares.copy_(left_gram.diagonal())
+    factors.right_squares.copy_(right_gram.diagonal())
+    limit = _breakdown_condition(left_gram.dtype)
+    for products, inverse in ((left_gram, factors.left_inverse), (right_gram, factors.right_inverse)):
+        lengths = products.diagonal().sqrt()
+        cholesky, info = torch.linalg.cholesky_ex(products / lengths.outer(lengths))
+        if int(info) != 0 or not _condition_from(cholesky) <= limit:
+            inverse.fill_(torch.nan)
+        else:
+            inverse.copy_(torch.cholesky_inverse(cholesky).div_(lengths.outer(lengths)))
+
+
+def _start_anew(carried: Tensor, scale: Tensor) -> None:
+    """Fill `carried` for a pair that is orthonormal: L^T L = 1, R R^T = diag(scale)^2."""
+    rank = carried.shape[1]
+    carried.zero_()
+    carried[:rank].fill_diagonal_(1.0)
+    carried[rank : 2 * rank].fill_diagonal_(1.0)
+    carried[-3] = scale
+    carried[-2:] = 1.0
 
 
 def orthonormal_pair(left: Tensor, right: Tensor) -> WeightFactors:
@@ -134,19 +171,22 @@ def orthonormal_pair(left: Tensor, right: Tensor) -> WeightFactors:
     return make_orthonormal(left.clone(), right.clone())
 
 
-def make_orthonormal(left: Tensor, right: Tensor) -> WeightFactors:
-    """`orthonormal_pair` in place: `left` and `right` are overwritten and belong to the result.
+def make_orthonormal(left: Tensor, right: Tensor, carried: Tensor | None = None) -> WeightFactors:
+    """`orthonormal_pair` in place: `left` and `right` are overwritten and belong to the result, `carried` too.
 
     Nothing of their size is allocated (unless `left` is close to rank deficient). What is refused stays as it was.
     """
     _check_dtype(left, right)
-    left_gram, right_gram = grams(left, right)
+    _check_pair(left, right)
+    left_gram, right_gram = gram(left), gram(right.T)
     if left.shape[0] < left.shape[1]:
         raise ValueError(f"rank {left.shape[1]} exceeds the {left.shape[0]} rows of the left factor")
     if not bool(left_gram.isfinite().all() and right_gram.isfinite().all()):
         raise ValueError("a factor holds NaN or infinity; go back to the last checkpoint")
     precision = torch.finfo(left.dtype).eps
-    for _ in range(2):
+    for is_second in (False, True):
+        if is_second:
+            left_gram, right_gram = gram(left), gram(right.T)
         condition = condition_estimate(left_gram)
         is_broken = condition > BREAKDOWN_CONDITION
         if is_broken:
@@ -159,28 +199,30 @@ def make_orthonormal(left: Tensor, right: Tensor) -> WeightFactors:
         core = triangle @ right_gram @ triangle.T
         del right_gram
         core = _symmetric(core)
-        rotation = torch.linalg.eigh(core).eigenvectors.flip(1)  # eigh ascends
+        squares, rotation = torch.linalg.eigh(core)  # ascending
+        squares, rotation = squares.flip(0), rotation.flip(1)
         del core
         left_to_basis = rotation if is_broken else torch.linalg.solve_triangular(triangle, rotation, upper=True)
         _multiply_rows(left, left_to_basis)
         del left_to_basis
         _multiply_rows(right.T, triangle.T @ rotation)
         del triangle, rotation
-        left_gram, right_gram = grams(left, right)
         if condition * 2.0**-53 < 0.1 * precision:
             break
-    return WeightFactors(left, right, left_gram, right_gram)
+    factors = WeightFactors(left, right, left.new_empty(carried_shape(left.shape[1])) if carried is None else carried)
+    _start_anew(factors.carried, squares.clamp_min(0).sqrt())
+    return factors
 
 
 def update_weight(
     factors: WeightFactors, gradient_left: Tensor, basis: Tensor, learning_rate: float, decay: float
 ) -> float:
-    """Apply one WSI step for the gradient `gradient_left @ basis^T`, in place on all four tensors.
+    """Apply one WSI step for the gradient `gradient_left @ basis^T`, in place on all tensors.
 
     Parameters
     ----------
     factors : WeightFactors
-        Changed in place: left (O, K), right (K, I) and both Gram matrices, together.
+        Changed in place: left (O, K), right (K, I) and what is carried with them, together.
     gradient_left : Tensor, shape (O, r)
     basis : Tensor, shape (I, r)
         Must have orthonormal columns (`orthonormalise`); assumed, not checked. Any r <= I, also r > K.
@@ -191,8 +233,8 @@ def update_weight(
     Returns
     -------
     float
-        `condition_estimate` of the new left Gram matrix: beyond `MAX_CONDITION` the pair is due for
-        `orthonormal_pair`.
+        A lower estimate of the larger condition of both Gram matrices, that of right with scaled rows: beyond
+        `MAX_CONDITION` the pair is due for `orthonormal_pair`.
 
     Raises
     ------
@@ -201,7 +243,8 @@ def update_weight(
 
     Notes
     -----
-    Where `A0` is singular (a zero layer, a rank-deficient right factor) one iteration loses directions; the
+    Where `A0` is singular (a zero layer, a rank-deficient right factor) one iteration loses directions, and where one
+    step changes the weight beyond recognition the inverses lose their digits; the
     state then becomes the best rank-K approximation of W+ (the limit of the iteration), from QR of `[L, P]`
     and `[R; U^T]` and an SVD of their small product. It is slower, and as dense-free.
     """
@@ -209,41 +252,81 @@ def update_weight(
     gradient_left, basis = gradient_left.to(left.dtype), basis.to(left.dtype)
     _check_gradient(factors, gradient_left, basis)
     c, eta = 1.0 - learning_rate * decay, learning_rate
-    G, H = factors.left_gram, factors.right_gram
-    A = (left.T @ gradient_left).double()  # (K, r)
-    Q = (right @ basis).double()  # (K, r)
-    D = gram(gradient_left)  # (r, r)
+    A = left.T @ gradient_left  # (K, r)
+    Q = right @ basis  # (K, r)
+    D = gradient_left.T @ gradient_left  # (r, r)
     if not all(bool(product.isfinite().all()) for product in (A, Q, D)):
         raise ValueError("the gradient, its basis or the weight holds NaN or infinity; nothing was updated")
-
-    # in place where it can be: of the many (K, K) matrices few are to be alive at once
-    A0 = (H @ G).mul_(c).addmm_(Q, A.T, alpha=-eta).mul_(c)
-    E = _solve_from_right(A0, -eta * (c * (Q.T @ G) - eta * A.T))  # (r, K)
-    del A0
-    if E is None:
+    step = _Step(factors, A, Q, D, basis, c, eta) if c > 0 else None
+    if step is None or not step.condition <= _breakdown_condition(left.dtype):
         return _best_approximation_step(factors, gradient_left, basis, c, eta)
-    G_new = torch.addmm(G, A, E).addmm_(E.T, A.T).addmm_(E.T @ D, E)
-    G_new = _symmetric(G_new)
-    cholesky, info = torch.linalg.cholesky_ex(G_new)
-    condition = _condition_from(cholesky)
-    if int(info) != 0 or not condition <= BREAKDOWN_CONDITION:
-        return _best_approximation_step(factors, gradient_left, basis, c, eta)
-    X = torch.cholesky_solve(A + E.T @ D, cholesky)  # (K, r)
-    del cholesky
-    HE = H @ E.T  # (K, r)
-    RF = -c * (c * HE + eta * Q)  # (K, r)
-    EQ = E @ Q
-    FF = c * c * (E @ HE) + c * eta * (EQ + EQ.T)  # (r, r)
-    FF.diagonal().add_(eta * eta)
-    H_new = (c * c * H).addmm_(X, RF.T).addmm_(RF, X.T).addmm_(X @ FF, X.T)
-    H_new = _symmetric(H_new)
+    left.addmm_(gradient_left, step.E)
+    right.addmm_(step.X, step.F, beta=c)
+    step.carry(factors)
+    return step.condition
 
-    F = torch.addmm(basis.T, E.to(right.dtype), right, beta=-eta, alpha=-c)  # (r, I), from the old right
-    left.addmm_(gradient_left, E.to(left.dtype))
-    right.addmm_(X.to(right.dtype), F, beta=c)
-    factors.left_gram.copy_(G_new)
-    factors.right_gram.copy_(H_new)
-    return condition
+
+class _Step:
+    """E, X and F of the module's formulas, and the larger condition of both Gram matrices after them.
+
+    What comes in stays as it is until `carry`. A hat is a matrix (K, r) with its rows divided by `scale`.
+    """
+
+    def __init__(
+        self, factors: WeightFactors, A: Tensor, Q: Tensor, D: Tensor, basis: Tensor, c: float, eta: float
+    ) -> None:
+        f, self._decay = eta / c, c * c
+        inverse_scale = factors.scale.reciprocal()[:, None]
+        one = torch.eye(A.shape[1], dtype=A.dtype)
+        NA = factors.left_inverse @ A
+        NA_hat, Q_hat = NA * inverse_scale, Q * inverse_scale
+        a_hat, b_hat = torch.hsplit(factors.right_inverse @ torch.cat((Q_hat, NA_hat), 1), 2)  # a, b times scale
+        C = f * f * _solved((one - f * (b_hat.T @ Q_hat)).T, one - a_hat.T @ Q_hat).T  # 1 - a^T Q is symmetric
+        bC = b_hat @ C.T
+        ET = torch.sub(bC, a_hat, alpha=f).mul_(inverse_scale)  # (K, r)
+        self.E = ET.T
+
+        ED = ET @ D
+        NE = factors.left_inverse @ ET
+        ANA, ANE, ENE = A.T @ NA, A.T @ NE, ET.T @ NE
+        self._left_change = torch.cat((NA, NE), 1)
+        projected = torch.cat((ANA + ANE @ D, ANE.T + ENE @ D))  # [A, E^T]^T G^{-1} (A + E^T D)
+        core = _square(ANA - D, ANE + one, ANE.T + one, ENE)
+        solved = _solved(core, torch.cat((projected, self._left_change.T), 1))
+        self._left_solved = solved[:, len(one) :]
+        self.X = torch.addmm(NA, NE, D).addmm_(self._left_change, solved[:, : len(one)], alpha=-1.0)
+
+        self.F = torch.addmm(basis.T, self.E, factors.right, beta=-eta, alpha=-c)  # (r, I), from the old right
+        FF = self.F @ self.F.T
+        X_hat, RF_hat = self.X * inverse_scale, NA_hat @ C.T * -self._decay
+        VX, VRF = factors.right_inverse @ X_hat / self._decay, -bC  # H^{-1} X and H^{-1} R F^T times scale / c^2
+        XVRF = X_hat.T @ VRF + one
+        self._right_change = torch.cat((VX, VRF), 1)
+        core = _square(X_hat.T @ VX, XVRF, XVRF.T, RF_hat.T @ VRF - FF)
+        self._right_solved = _solved(core, self._right_change.T)
+
+        self._left_squares = factors.left_squares + (2 * A + ED).mul_(ET).sum(1)
+        self._right_squares = self._decay * factors.right_squares + (2 * RF_hat + X_hat @ FF).mul_(X_hat).sum(1)
+        self.condition = self._condition(factors)
+
+    def _condition(self, factors: WeightFactors) -> float:
+        """Largest diagonal entry of each Gram matrix times that of its inverse: not above their condition."""
+        left_lost = (self._left_solved * self._left_change.T).sum(0)
+        right_lost = (self._right_solved * self._right_change.T).sum(0)
+        left = factors.left_inverse.diagonal() - left_lost
+        right = factors.right_inverse.diagonal() / self._decay - right_lost
+        diagonals = torch.stack((left, right, self._left_squares, self._right_squares))
+        if not (float(diagonals.min()) > 0 and bool(torch.isfinite(self.X.sum() + self.F.sum() + diagonals.sum()))):
+            return float("inf")
+        left_inverse, right_inverse, left_square, right_square = diagonals.amax(1).tolist()
+        return max(left_inverse * left_square, right_inverse * right_square)
+
+    def carry(self, factors: WeightFactors) -> None:
+        """Bring what is carried up to date."""
+        factors.left_inverse.addmm_(self._left_change, self._left_solved, alpha=-1.0)
+        factors.right_inverse.addmm_(self._right_change, self._right_solved, beta=1 / self._decay, alpha=-1.0)
+        factors.left_squares.copy_(self._left_squares)
+        factors.right_squares.copy_(self._right_squares)
 
 
 def condition_estimate(left_gram: Tensor) -> float:
@@ -274,18 +357,13 @@ def momentum_to_new_basis(momentum: Tensor, old_basis: Tensor, new_basis: Tensor
     return momentum @ (old_basis.T @ new_basis)
 
 
-def _solve_from_right(matrix: Tensor, target: Tensor) -> Tensor | None:
-    """Return `target @ matrix^{-1}`, or None where a pivot is zero (near zero: the caller sees it in G+).
+def _square(upper_left: Tensor, upper_right: Tensor, lower_left: Tensor, lower_right: Tensor) -> Tensor:
+    return torch.cat((torch.cat((upper_left, upper_right), 1), torch.cat((lower_left, lower_right), 1)))
 
-    Rows are scaled first: those of A0 are graded like s_j^2, which is no defect.
-    """
-    scale = torch.linalg.vector_norm(matrix, ord=float("inf"), dim=1)
-    if not float(scale.min()) > 0.0:
-        return None
-    factored, pivots, info = torch.linalg.lu_factor_ex(matrix / scale[:, None])
-    if int(info) != 0:
-        return None
-    return torch.linalg.lu_solve(factored, pivots, target, left=False) / scale
+
+def _solved(matrix: Tensor, target: Tensor) -> Tensor:
+    """matrix^{-1} target; whatever comes of a singular one is found by the caller. An inverse would cost digits."""
+    return torch.linalg.solve_ex(matrix, target)[0]
 
 
 def _best_approximation_step(
@@ -304,9 +382,7 @@ def _best_approximation_step(
     dtype = factors.left.dtype
     factors.left.copy_(columns @ outer[:, :rank].to(dtype))
     factors.right.copy_((values[:rank, None] * inner[:rank]).to(dtype) @ rows.T)
-    left_gram, right_gram = grams(factors.left, factors.right)
-    factors.left_gram.copy_(left_gram)
-    factors.right_gram.copy_(right_gram)
+    _start_anew(factors.carried, values[:rank])
     return 1.0
 
 
@@ -314,6 +390,10 @@ def _multiply_rows(tall: Tensor, small: Tensor) -> None:
     """tall <- tall @ small in place, each entry rounded once, a few rows in float64 at a time."""
     for rows in tall.split(CHUNK_ROWS):
         rows.copy_(rows.double() @ small)
+
+
+def _breakdown_condition(dtype: torch.dtype) -> float:
+    return BREAKDOWN / torch.finfo(dtype).eps
 
 
 def _condition_from(cholesky: Tensor) -> float:

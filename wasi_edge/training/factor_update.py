@@ -30,8 +30,6 @@ from wasi_edge.subspace.weight import (
     WeightFactors,
     make_orthonormal,
     momentum_to_new_basis,
-    pack_grams,
-    unpack_grams,
     update_weight,
     weight_factors,
 )
@@ -39,17 +37,18 @@ from wasi_edge.subspace.weight import (
 MOMENTUM = 0.9
 # singular values of M below this share of the largest are noise and are not blown up to one
 POLAR_FLOOR = 1e-3
-ORTHONORMALISE_EVERY = 50
+# steps; linears take turns, so that no step is much longer than another
+ORTHONORMALISE_EVERY = 200
 # of float32's mantissa, that float16 has no room for
 _DROPPED_BITS = 13
 
 
 class FactorUpdate:
-    """The state of all linears that learn so: momentum, its basis, and the Gram matrices of factors.
+    """The state of all linears that learn so: momentum, its basis, and what `subspace.weight` carries with factors.
 
-    `carry_grams` False rebuilds the Gram matrices at every step instead of holding them: less memory, more time.
-    Factors in float16 are widened for their update and rounded stochastically, keyed by (seed, step, linear), so that
-    steps far smaller than float16's spacing still add up; their Gram matrices are always those of the rounded factors.
+    `carry_grams` False measures the Gram matrices at every step instead: less memory, more time. Factors in float16 are
+    widened for their update and rounded stochastically, keyed by (seed, step, linear), so that steps far smaller than
+    float16's spacing still add up; their Gram matrices are always those of the rounded factors.
     """
 
     def __init__(
@@ -59,13 +58,14 @@ class FactorUpdate:
         self._number = {name: index for index, name in enumerate(self._linears)}
         self._carry_grams, self._seed = carry_grams, seed
         self._weight_decay = weight_decay
-        self._packed_grams: dict[str, Tensor] = {}
+        self._carried: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
         self._basis: dict[str, Tensor] = {}
         for name, linear in self._linears.items():
             if isinstance(linear, WasiLinear):
-                factors = self._wide_factors(name, linear)
-                self._orthonormalise(name, linear, factors)
+                left, right = (_widened(linear.params[key]) for key in ("left", "right"))
+                factors = make_orthonormal(left, right)
+                self._hold(name, linear, factors)
                 self._put_back(linear, factors, name, step=0)
 
     def update(self, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
@@ -81,13 +81,10 @@ class FactorUpdate:
             return
         assert isinstance(linear, WasiLinear)
         factors = self._wide_factors(name, linear)
-        # ||L R||_F
-        size = float(torch.dot(factors.left_gram.reshape(-1), factors.right_gram.reshape(-1)).clamp_min(0).sqrt())
-        condition = update_weight(factors, direction, basis, learning_rate * size, self._weight_decay)
-        if step % ORTHONORMALISE_EVERY == 0 or not condition <= MAX_CONDITION:
+        condition = update_weight(factors, direction, basis, learning_rate * factors.norm, self._weight_decay)
+        turn = self._number[name] * ORTHONORMALISE_EVERY // len(self._number)
+        if (step - turn) % ORTHONORMALISE_EVERY == 0 or not condition <= MAX_CONDITION:
             self._orthonormalise(name, linear, factors)
-        elif name in self._packed_grams:
-            pack_grams(factors.left_gram, factors.right_gram, out=self._packed_grams[name])
         self._put_back(linear, factors, name, step)
 
     def _add_to_momentum(self, name: str, projected: Tensor, basis: Tensor) -> Tensor:
@@ -107,11 +104,11 @@ class FactorUpdate:
         return update_scratch_bytes((*linear.shape, linear.params["left"].shape[1]) for linear in factored)
 
     def state(self) -> dict[str, Tensor]:
-        """Momentum, basis and packed Gram matrices as `<kind>.<linear>`."""
+        """Momentum, basis and what is carried with factors as `<kind>.<linear>`."""
         named: dict[str, Tensor] = {}
         for name in self._linears:
-            if name in self._packed_grams:
-                named[f"grams.{name}"] = self._packed_grams[name]
+            if name in self._carried:
+                named[f"carried.{name}"] = self._carried[name]
             if name in self._momentum:
                 named[f"momentum.{name}"] = self._momentum[name]
                 named[f"basis.{name}"] = self._basis[name]
@@ -120,28 +117,27 @@ class FactorUpdate:
     def load(self, key: str, value: Tensor) -> None:
         """Take back one entry of `state`; the factors themselves are the layers' parameters."""
         kind, _, name = key.partition(".")
-        {"grams": self._packed_grams, "momentum": self._momentum, "basis": self._basis}[kind][name] = value
+        {"carried": self._carried, "momentum": self._momentum, "basis": self._basis}[kind][name] = value
 
     def clear(self) -> None:
         """Forget everything; the factors themselves stay where they are."""
-        self._packed_grams.clear()
+        self._carried.clear()
         self._momentum.clear()
         self._basis.clear()
 
     def _wide_factors(self, name: str, linear: WasiLinear) -> WeightFactors:
-        """The layer's own tensors, or widened copies of them, with their Gram matrices, carried or rebuilt."""
-        packed = self._packed_grams.get(name)
+        """The layer's own tensors, or widened copies of them, with what is carried, held or measured."""
         left, right = (_widened(linear.params[key]) for key in ("left", "right"))
-        if packed is None:
-            return weight_factors(left, right)
-        return WeightFactors(left, right, *unpack_grams(packed))
+        carried = self._carried.get(name)
+        return weight_factors(left, right) if carried is None else WeightFactors(left, right, carried)
 
     def _orthonormalise(self, name: str, linear: WasiLinear, factors: WeightFactors) -> None:
         """Rotate the pair of `name` to orthonormal L and diagonal R R^T, in place."""
-        pair = make_orthonormal(factors.left, factors.right)
+        self._hold(name, linear, make_orthonormal(factors.left, factors.right, factors.carried))
+
+    def _hold(self, name: str, linear: WasiLinear, factors: WeightFactors) -> None:
         if self._carry_grams and not _is_rounded(linear):
-            packed = self._packed_grams.get(name)
-            self._packed_grams[name] = pack_grams(pair.left_gram, pair.right_gram, out=packed)
+            self._carried[name] = factors.carried
 
     def _put_back(self, linear: WasiLinear, factors: WeightFactors, name: str, step: int) -> None:
         """Round widened factors into the layer's tensors."""
