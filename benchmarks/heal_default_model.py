@@ -27,7 +27,7 @@ from wasi_edge.conversion.sources import open_source
 from wasi_edge.data.augment import augment, epoch_order
 from wasi_edge.models.vanilla import VanillaViT, build_vanilla
 from wasi_edge.preprocess import normalise, open_photo, shrink
-from wasi_edge.subspace.weight import orthonormal_pair
+from wasi_edge.subspace.factors import orthonormal_pair
 
 BATCH, WARM_UP, CLIP = 16, 40, 1.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -67,6 +68,24 @@ def test_forward_and_backward_of_the_dense_network_are_counted_as_a_profiler_cou
     assert products(lambda: model(pixels())) - HEAD == counted.infer - attention(2)
     assert products(lambda: model(pixels()).sum().backward()) - 3 * HEAD == counted.train - attention(7)
     assert counted.upkeep == 0
+
+
+@pytest.mark.parametrize("factored", [True, False])
+def test_what_nobody_reads_in_the_last_block_is_neither_done_nor_counted(factored):
+    geometry = dataclasses.replace(TINY, features="class")
+    ranks, tensors = random_tensors(geometry, 8 if factored else None, CLASSES, dtype=torch.float32)
+    counted = step_flops(geometry, SIZE, ranks, Method.WASI if factored else Method.VANILLA, 0, BATCH)
+    scores = 2 * 2 * TOKENS * geometry.width * (TOKENS + 1)  # forward: in the first block of all tokens, then of one
+    if factored:
+        model = build_vit(geometry, ranks, tensors.__getitem__, SIZE, head=False)
+        with torch.no_grad():
+            assert products(lambda: model.features(pixels(), Pass())) == counted.infer - scores
+        return
+    vanilla = build_vanilla(geometry, dense_reader(tensors), SIZE, CLASSES)
+    head = 2 * geometry.feature_width * CLASSES
+    assert products(lambda: vanilla(pixels())) - head == counted.infer - scores
+    # autograd's gradient of queries is that of all tokens, zero but for one
+    assert products(lambda: vanilla(pixels()).sum().backward()) - 3 * head == counted.train - 3.5 * scores
 
 
 def test_low_rank_updates_are_counted_as_a_profiler_counts_them():

@@ -81,6 +81,21 @@ def test_attention_equals_the_textbook_forward_and_backward(fused, tokens, heads
 
 
 @pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_attention_of_the_first_tokens_alone(fused, dtype, queries):
+    qkv, dout = random(2, 9, 24, seed=2), random(2, queries, 8, seed=3)
+    expected = textbook(qkv, 2)[:, :queries]
+    (expected_gradient,) = gradients(lambda value: textbook(value, 2)[:, :queries], [qkv], dout)
+    run = Pass()
+    run.workspace.take("block.qkv", (2, 9, 24)).fill_(torch.nan)  # nothing there may shine through
+    out, saved = attention_forward(qkv.to(dtype), 2, run, "attention", dtype, fused, queries)
+    assert saved is not None and saved.out.shape == (2, queries, 8)
+    assert relative_error(out, expected) < 1e-5
+    assert relative_error(attention_backward(saved, dout.to(dtype), 2, run), expected_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("fused", FUSED)
 def test_attention_of_large_scores_does_not_overflow(fused):
     qkv, dout = 60 * random(1, 9, 24, seed=2), random(1, 9, 8, seed=3)
     (expected,) = gradients(lambda value: textbook(value, 2), [qkv], dout)

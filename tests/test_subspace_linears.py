@@ -172,7 +172,9 @@ def test_of_many_tokens_the_basis_follows_the_quarter_with_the_largest_gradients
 def test_a_gradient_that_says_nothing_leaves_the_basis_alone(value):
     layer = make(WasiLinear, 3)
     before, _, was_cold = layer.training_state()
-    layer.backward_from_input(random(10, IN, seed=83), torch.full((10, OUT), value, dtype=torch.float64), Pass(refresh_basis=True))
+    layer.backward_from_input(
+        random(10, IN, seed=83), torch.full((10, OUT), value, dtype=torch.float64), Pass(refresh_basis=True)
+    )
     after, _, is_cold = layer.training_state()
     assert after is before and is_cold == was_cold
 

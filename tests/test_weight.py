@@ -12,16 +12,15 @@ from reference import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wasi_edge.subspace.orthonormal import orthonormalise
-from wasi_edge.subspace.weight import (
+from wasi_edge.subspace.factors import (
     MAX_CONDITION,
     condition_estimate,
     make_orthonormal,
-    momentum_to_new_basis,
     orthonormal_pair,
-    update_weight,
     weight_factors,
 )
+from wasi_edge.subspace.orthonormal import orthonormalise
+from wasi_edge.subspace.weight import momentum_to_new_basis, update_weight
 
 O, I, K, R = 48, 40, 12, 4  # noqa: E741
 FLOAT32_BOUND = 4e-6  # measured 2e-6 at worst; the naive factored step leaves 1.1e-5 or far more

@@ -46,17 +46,19 @@ RECOMPUTE = Keep(Rebuild.BLOCK)
 ALL_KEEPS = tuple(Keep(rebuild, compact) for rebuild in Rebuild for compact in (True, False))
 
 
-def kept_bytes_per_token(keep: Keep, width: int, mlp_width: int, heads: int, gradient_rank: int) -> int:
-    """Bytes that a block keeps for each token until its own backward pass."""
+def kept_bytes_per_token(
+    keep: Keep, width: int, mlp_width: int, heads: int, gradient_rank: int, read: float = 1.0
+) -> float:
+    """Bytes that a block keeps for each token until its own backward pass, where a share `read` of them is read."""
     size = 2 if keep.compact else 4
-    kept = size * width + 4
+    kept: float = size * width + 4
     if keep.rebuild is Rebuild.BLOCK:
         return kept + 4
-    kept += size * width + 4 + _compressed_input(mlp_width, gradient_rank)
+    kept += read * (size * width + 4 + _compressed_input(mlp_width, gradient_rank))
     if keep.rebuild < Rebuild.BRANCHES:
-        kept += mlp_width if keep.compact else 4 * mlp_width
+        kept += read * (mlp_width if keep.compact else 4 * mlp_width)
     if keep.rebuild < Rebuild.ATTENTION:
-        kept += size * 4 * width + 4 * heads
+        kept += size * 3 * width + read * (size * width + 4 * heads)
     return kept
 
 

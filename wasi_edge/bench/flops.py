@@ -47,9 +47,14 @@ def step_flops(
     tokens = geometry.tokens(image_size)
     patches = tokens - int(geometry.class_token)
     stem = 2 * patches * geometry.channels * geometry.patch_size**2 * geometry.width
-    attention = 2 * tokens * tokens * geometry.width * geometry.depth  # one product of all heads
-    linears = list(_shapes(geometry, ranks))
-    forward = sum(2 * tokens * _weight(out, inner, rank) for _, out, inner, rank in linears)
+    read = geometry.read_tokens(tokens)
+    # one product of all heads, in blocks whose tokens all ask and in the last
+    attention = 2 * tokens * geometry.width * ((geometry.depth - 1) * tokens + read)
+    linears = [
+        (name, _tokens_of(name, geometry, tokens), out, inner, rank)
+        for name, out, inner, rank in _shapes(geometry, ranks)
+    ]
+    forward = sum(2 * count * _weight(out, inner, rank) for _, count, out, inner, rank in linears)
     infer = stem + forward + _FORWARD_PRODUCTS * attention
     if method is Method.HEAD:
         return Flops(infer, 0.0, infer)
@@ -61,13 +66,19 @@ def step_flops(
         # x A^T and h B^T of queries and values: forward, and backward with respect to both operands
         updates = geometry.depth * 2 * 3 * 2 * tokens * 2 * geometry.width * lora_rank
         return Flops(passes + updates, 0.0, infer)
-    gradients = sum(2 * tokens * (inner + out) * min(gradient_rank, inner) for _, out, inner, _ in linears)
+    gradients = sum(2 * count * (inner + out) * min(gradient_rank, inner) for _, count, out, inner, _ in linears)
     upkeep = sum(
-        _refresh(name, tokens, out, inner, min(gradient_rank, inner), batch, method)
+        _refresh(name, count, out, inner, min(gradient_rank, inner), batch, method)
         + _update(out, inner, rank, gradient_rank) / batch
-        for name, out, inner, rank in linears
+        for name, count, out, inner, rank in linears
     )
     return Flops(passes + gradients + stem, upkeep, infer)
+
+
+def _tokens_of(linear: str, geometry: ViTGeometry, tokens: int) -> int:
+    """Tokens of a photo that pass through a linear: behind the last attention only those that the head reads."""
+    is_read = linear.startswith(f"blocks.{geometry.depth - 1}.") and not linear.endswith(".qkv")
+    return geometry.read_tokens(tokens) if is_read else tokens
 
 
 def paper_count(

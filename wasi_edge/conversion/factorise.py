@@ -27,8 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wasi_edge.subspace.factors import orthonormal_pair
 from wasi_edge.subspace.ranks import is_factored_smaller, rank_for_explained_variance
-from wasi_edge.subspace.weight import orthonormal_pair
 
 CHUNK_ROWS = 256
 RIDGE = 1e-10  # of the mean variance, added to C

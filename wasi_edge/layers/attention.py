@@ -36,29 +36,37 @@ class SavedAttention(NamedTuple):
 
 
 def attention_forward(
-    qkv: Tensor, heads: int, run: Pass, save_as: str | None, dtype: torch.dtype | None, fused: bool = _FUSED
+    qkv: Tensor,
+    heads: int,
+    run: Pass,
+    save_as: str | None,
+    dtype: torch.dtype | None,
+    fused: bool = _FUSED,
+    queries: int | None = None,
 ) -> tuple[Tensor, SavedAttention | None]:
-    """(B, N, 3D) -> (B, N, D), in the buffer that all blocks share, or in one of its own if it is to be kept as it is.
+    """(B, N, 3D) -> (B, n, D) for the first n = `queries` tokens, or all of them, in the buffer that all blocks
+    share, or in one of its own if it is to be kept as it is.
 
     With `save_as`, qkv and the output are kept in `dtype`: copied if that is not their own. None refers to them where
     they are, for a backward pass that comes before anything else is written there.
     """
     batch, tokens, triple = qkv.shape
-    width, take = triple // 3, run.workspace.take
+    width, take, asking = triple // 3, run.workspace.take, queries or tokens
     is_copied = save_as is not None and dtype is not None and dtype is not qkv.dtype
     own = save_as is not None and dtype is qkv.dtype
-    out = take(f"{save_as}.out" if own else "attention.out", (batch, tokens, width), qkv.dtype)
+    out = take(f"{save_as}.out" if own else "attention.out", (batch, asking, width), qkv.dtype)
     lse: Tensor | None = None
     for photos in _chunks(batch, tokens):
         q, k, v = _split_heads(qkv[photos], heads)
+        q = q[:, :, :asking]
         if fused:
             mixed, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
             if save_as is not None:
-                lse = take(f"{save_as}.lse", (batch, heads, tokens), sums.dtype)
+                lse = take(f"{save_as}.lse", (batch, heads, asking), sums.dtype)
                 lse[photos] = sums
         else:
             mixed = _probabilities(q, k) @ v
-        out[photos].view(-1, tokens, heads, width // heads).copy_(mixed.transpose(1, 2))
+        out[photos].view(-1, asking, heads, width // heads).copy_(mixed.transpose(1, 2))
     if save_as is None:
         return out, None
     if not is_copied:
@@ -69,13 +77,14 @@ def attention_forward(
 
 
 def attention_backward(saved: SavedAttention, dout: Tensor, heads: int, run: Pass) -> Tensor:
-    """(B, N, D) -> gradient of qkv (B, N, 3D), in the buffer that held qkv in the forward pass of a block."""
-    batch, tokens, width = dout.shape
+    """(B, n, D) -> gradient of qkv (B, N, 3D), in the buffer that held qkv in the forward pass of a block."""
+    (batch, asking, width), tokens = dout.shape, saved.qkv.shape[1]
     head_dim = width // heads
     dqkv = run.workspace.take("block.qkv", (batch, tokens, 3, heads, head_dim), dout.dtype)
     for photos in _chunks(batch, tokens):
         q, k, v = _split_heads(_widened(saved.qkv[photos], "attention.photo.qkv", dout.dtype, run), heads)
-        dmixed = dout[photos].view(-1, tokens, heads, head_dim).transpose(1, 2)
+        q = q[:, :, :asking]
+        dmixed = dout[photos].view(-1, asking, heads, head_dim).transpose(1, 2)
         if saved.lse is not None:
             mixed = _widened(saved.out[photos], "attention.photo.out", dout.dtype, run)
             dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -83,7 +92,7 @@ def attention_backward(saved: SavedAttention, dout: Tensor, heads: int, run: Pas
                 q,
                 k,
                 v,
-                mixed.view(-1, tokens, heads, head_dim).transpose(1, 2),
+                mixed.view(-1, asking, heads, head_dim).transpose(1, 2),
                 saved.lse[photos],
                 0.0,
                 False,
@@ -94,7 +103,8 @@ def attention_backward(saved: SavedAttention, dout: Tensor, heads: int, run: Pas
             ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * head_dim**-0.5
             dq, dk, dv = ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ dmixed
         for index, gradient in enumerate((dq, dk, dv)):
-            dqkv[photos, :, index].copy_(gradient.transpose(1, 2))
+            dqkv[photos, : gradient.shape[2], index].copy_(gradient.transpose(1, 2))
+        dqkv[photos, asking:, 0] = 0.0
     return dqkv.view(batch, tokens, 3 * width)
 
 

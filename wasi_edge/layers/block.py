@@ -49,7 +49,11 @@ class SavedBlock:
 
 
 class Block:
-    """Pre-norm attention and MLP. `layers` maps norm1, qkv, proj, norm2, fc1, fc2 to layers with `params`."""
+    """Pre-norm attention and MLP. `layers` maps norm1, qkv, proj, norm2, fc1, fc2 to layers with `params`.
+
+    With `queries`, only so many leading tokens of each photo are asked for, as in the last block of a network whose
+    head reads the class token alone: all tokens are looked at, and nothing else is done for those that nobody reads.
+    """
 
     def __init__(
         self,
@@ -61,8 +65,9 @@ class Block:
         norm2: LayerNorm,
         fc1: Linear,
         fc2: Linear,
+        queries: int | None = None,
     ) -> None:
-        self.name, self.heads = name, heads
+        self.name, self.heads, self.queries = name, heads, queries
         self.norm1, self.qkv, self.proj = norm1, qkv, proj
         self.norm2, self.fc1, self.fc2 = norm2, fc1, fc2
 
@@ -77,26 +82,30 @@ class Block:
         return {"norm1": self.norm1, **self.linears, "norm2": self.norm2}
 
     def forward(self, x: Tensor, run: Pass, keep: Keep | None) -> tuple[Tensor, SavedBlock | None]:
-        """(B, N, D) -> (B, N, D), in the buffer that the outputs of all blocks share. `keep` None: inference."""
+        """(B, N, D) -> (B, n, D), in the buffer that the outputs of all blocks share, n = N or `queries`. `keep` None:
+        inference."""
         batch, tokens, width = x.shape
         saved = SavedBlock((batch, tokens, width), keep or Keep())
         names = _names(self.name, () if keep is None else _KEPT[keep.rebuild])
         dtype = _kept_dtype(saved.keep, x.dtype)
-        residual = x.reshape(-1, width)
+        residual = self._asked(x)
 
         needs_input = saved.keep.rebuild is Rebuild.BLOCK
-        n1, saved.norm1 = self.norm1.forward(residual, run, names["norm1"], dtype, with_mean=needs_input)
+        n1, saved.norm1 = self.norm1.forward(x.view(-1, width), run, names["norm1"], dtype, with_mean=needs_input)
         mixed, saved.attention = self._mix(n1, saved, names["attention"], run, dtype)
+        tokens = self.queries or tokens
         middle, _ = self._add_branch(residual, self.proj, mixed, tokens, run, None, "block.middle")
         n2, saved.norm2 = self.norm2.forward(middle, run, names["norm2"], dtype)
         inner, saved.gelu = self._expand(n2, saved, names["gelu"], run)
         y, saved.fc2 = self._add_branch(middle, self.fc2, inner, tokens, run, names["fc2"], "block.out")
-        return y.view_as(x), None if keep is None else saved
+        return y.view(batch, tokens, width), None if keep is None else saved
 
     def backward(self, saved: SavedBlock, dy: Tensor, run: Pass) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B, N, D) -> gradient of x, in place in `dy`, and gradients named `<layer>.<parameter>`."""
-        batch, tokens, width = saved.shape
-        dy = dy.view(-1, width)
+        """(B, n, D) -> gradient of x (B, N, D), in place in `dy` where n = N, else in the buffer "gradient", and
+        gradients named `<layer>.<parameter>`."""
+        batch, all_tokens, width = saved.shape
+        tokens = self.queries or all_tokens
+        dy = dy.view(-1, width) if self.queries is None else dy.reshape(-1, width).clone()
         if saved.keep.rebuild is Rebuild.BLOCK:
             self._rebuild(saved, run)
         elif saved.keep.rebuild is Rebuild.BRANCHES:
@@ -124,21 +133,26 @@ class Block:
         dbranch, grads["proj"] = self.proj.backward_from_input(mixed, dy, run, out=dbranch)
         dqkv = attention_backward(saved.attention, dbranch.view(batch, tokens, width), self.heads, run)
         n1 = self.norm1.again(saved.norm1, run)
+        dbranch = take("block.branch", (len(n1), width), dy.dtype)
         dbranch, grads["qkv"] = self.qkv.backward_from_input(n1, dqkv.view(-1, 3 * width), run, out=dbranch)
         dx, grads["norm1"] = self.norm1.backward(saved.norm1, dbranch, run)
-        dy.add_(dx)
+        if self.queries is None:
+            dx = dy.add_(dx).view(saved.shape)
+        else:
+            dx = take("gradient", saved.shape, dy.dtype).copy_(dx.view(saved.shape))
+            dx[:, :tokens].add_(dy.view(batch, tokens, width))
         named = {f"{layer}.{key}": value for layer in self.layers for key, value in grads[layer].items()}
-        return dy.view(batch, tokens, width), named
+        return dx, named
 
     def _rebuild(self, saved: SavedBlock, run: Pass) -> None:
         """Everything but the output, again from the kept input; the product of fc2 is read by nobody."""
         assert saved.norm1
-        tokens = saved.shape[1]
-        names = _names(_REBUILT, _PARTS)
+        names, tokens = _names(_REBUILT, _PARTS), self.queries or saved.shape[1]
         n1 = self.norm1.again(saved.norm1, run)
         # queries, keys, values and the attention's output stay where they are: the MLP's backward leaves them alone
         mixed, saved.attention = self._mix(n1, saved, names["attention"], run, None)
-        residual = self.norm1.inputs(saved.norm1, run.workspace.take("block.out", tuple(n1.shape), n1.dtype))
+        x = self.norm1.inputs(saved.norm1, run.workspace.take("block.out", tuple(n1.shape), n1.dtype))
+        residual = self._asked(x.view(saved.shape))
         middle, _ = self._add_branch(residual, self.proj, mixed, tokens, run, None, "block.middle")
         dtype = _kept_dtype(saved.keep, middle.dtype)
         n2, saved.norm2 = self.norm2.forward(middle, run, names["norm2"], dtype)
@@ -148,13 +162,18 @@ class Block:
     def _mix(
         self, n1: Tensor, saved: SavedBlock, save_as: str | None, run: Pass, dtype: torch.dtype | None
     ) -> tuple[Tensor, SavedAttention | None]:
-        """norm1's output (T, D) -> attention's (T, D), and what the attention keeps."""
+        """norm1's output (T, D) -> attention's (B n, D), and what the attention keeps."""
         batch, tokens, width = saved.shape
         own = save_as is not None and dtype is n1.dtype
         qkv = run.workspace.take(f"{save_as}.qkv" if own else "block.qkv", (len(n1), 3 * width), n1.dtype)
         qkv, _ = self.qkv.forward(n1, tokens, run, None, out=qkv)
-        mixed, attention = attention_forward(qkv.view(batch, tokens, 3 * width), self.heads, run, save_as, dtype)
-        return mixed.view(len(n1), width), attention
+        qkv = qkv.view(batch, tokens, 3 * width)
+        mixed, attention = attention_forward(qkv, self.heads, run, save_as, dtype, queries=self.queries)
+        return mixed.view(-1, width), attention
+
+    def _asked(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> the tokens that are asked for (B n, D)."""
+        return x[:, : self.queries].reshape(-1, x.shape[2])
 
     def _add_branch(
         self, residual: Tensor, last: Linear, x: Tensor, tokens: int, run: Pass, name: str | None, out: str

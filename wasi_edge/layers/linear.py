@@ -140,11 +140,12 @@ class SubspaceLinear:
         return y, None if save_as is None else self.save(x, tokens, run, save_as)
 
     def save(self, x: Tensor, tokens: int, run: Pass, save_as: str) -> Tensor:
-        """What the backward pass needs of x: z = x U (T, r), U refreshed first where this pass says so."""
+        """What the backward pass needs of x: z = x U (T, r), U refreshed first where this pass says so. `tokens` per
+        photo: all that there are, or the first ones that somebody reads."""
         assert self.basis is not None and self.token_weight is not None, "start_training was not called"
         if run.refresh_basis:
             stride = len(x) // sampled_tokens(len(x))
-            weight = self.token_weight.repeat(len(x) // tokens)[::stride]
+            weight = self.token_weight[:tokens].repeat(len(x) // tokens)[::stride]
             iterations = _COLD_ITERATIONS if self._cold else 1
             self.basis = tucker.refresh_basis(x[::stride], self.basis, weight, iterations)
             self._cold = False
@@ -160,7 +161,7 @@ class SubspaceLinear:
         energy = torch.linalg.vector_norm(dy, dim=1).square_().view(-1, tokens).mean(0)
         mean = energy.mean()
         if mean > 0:
-            self.token_weight.mul_(_TOKEN_WEIGHT_MOMENTUM).add_(energy.div_(mean), alpha=1 - _TOKEN_WEIGHT_MOMENTUM)
+            self.token_weight[:tokens].lerp_(energy.div_(mean), 1 - _TOKEN_WEIGHT_MOMENTUM)
         return self._backward(saved, dy, run, out)
 
     def backward_from_input(

@@ -95,6 +95,15 @@ class ViTGeometry:
             )
         return image_size // patch
 
+    @property
+    def reads_class_alone(self) -> bool:
+        """Whether the head reads the class token alone: the last block has nothing to do for the others."""
+        return self.features == "class"
+
+    def read_tokens(self, tokens: int) -> int:
+        """Of so many tokens per photo, those that the last norm sees."""
+        return 1 if self.reads_class_alone else tokens
+
     def tokens(self, image_size: int) -> int:
         """Tokens per image, the class token included. Raises UsageError as `grid` does."""
         return self.grid(image_size) ** 2 + int(self.class_token)

@@ -39,10 +39,12 @@ class VanillaBlock(nn.Module):
         q, k, v = self.qkv(normed).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         return q, k, v
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """(B, N, D) -> (B, n, D) for the first n = `queries` tokens, or all of them."""
         q, k, v = self.heads_of(self.norm1(x))
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+        if queries is not None:
+            q, x = q[:, :, :queries], x[:, :queries]
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
         branch = self.proj(mixed)
         x = x + (branch if self.scale1 is None else branch * self.scale1)
         branch = self.fc2(F.gelu(self.fc1(self.norm2(x))))
@@ -86,11 +88,13 @@ class VanillaViT(nn.Module):
             x = torch.cat((self.class_token.expand(batch, 1, -1), x), 1)
             first = 1
         x = x + self.position
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
+            is_last = index == len(self.blocks) - 1
+            queries = 1 if is_last and self.geometry.reads_class_alone else None
             if self.checkpointed and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, queries, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, queries)
         x = self.norm(x)
         parts = {"class": [x[:, 0]], "mean": [x[:, first:].mean(1)]}
         parts["class+mean"] = [x[:, 0], x[:, first:].mean(1)]

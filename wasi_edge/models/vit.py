@@ -151,7 +151,8 @@ class VisionTransformer:
         return self.head.forward(self.features(inputs, run)[0], 1, run, None)[0]
 
     def last_tokens(self, inputs: Tensor, run: Pass) -> Tensor:
-        """(B, C, S, S) -> what the last block makes of it (B, N, D), before the last norm; a buffer."""
+        """(B, C, S, S) -> what the last block makes of it (B, n, D), before the last norm; a buffer. n is N, or 1 where
+        the last block of the network is among these and the head reads the class token alone."""
         x, _ = self._tokens(inputs, run)
         for block in self.blocks:
             x, _ = block.forward(x, run, None)
@@ -159,15 +160,13 @@ class VisionTransformer:
 
     def backward(self, saved: SavedForward, dfeatures: Tensor, run: Pass, on_gradients: OnGradients) -> None:
         """Walk back from (B, F). `on_gradients(layer name, gradients)` is called as each layer's are complete."""
-        batch = dfeatures.shape[0]
         width = self.geometry.width
-        dnormed = self._pool_backward(
-            dfeatures, run.workspace.take("gradient", (batch, self.tokens, width), dfeatures.dtype)
-        )
+        shape = len(dfeatures), self.geometry.read_tokens(self.tokens), width
+        dnormed = self._pool_backward(dfeatures, run.workspace.take("gradient", shape, dfeatures.dtype))
         dx, grads = self.norm.backward(saved.norm, dnormed.view(-1, width), run)
         on_gradients("norm", grads)
         # every block adds its part to this one in place
-        dx = dnormed.copy_(dx.view(batch, self.tokens, width))
+        dx = dnormed.copy_(dx.view(shape))
         for block, saved_block in zip(reversed(self._last(len(saved.blocks))), reversed(saved.blocks), strict=True):
             dx, grads = block.backward(saved_block, dx, run)
             on_gradients(block.name, grads)
@@ -232,11 +231,15 @@ def build_vit(
     rank, None for a dense one, and `kinds` what it is built of; the position embedding is resampled to `image_size`.
     With `blocks`, a part of it: the stem belongs to the first block."""
     blocks = range(geometry.depth) if blocks is None else blocks
+
+    def queries(index: int) -> int | None:
+        return 1 if index == geometry.depth - 1 and geometry.reads_class_alone else None
+
     return VisionTransformer(
         geometry,
         image_size,
         build_stem(geometry, read, image_size) if blocks.start == 0 else None,
-        [build_block(geometry, index, ranks, read, kinds) for index in blocks],
+        [build_block(geometry, index, ranks, read, kinds, queries(index)) for index in blocks],
         LayerNorm(read("norm.weight"), read("norm.bias"), geometry.norm_eps),
         DenseLinear(read("head.weight"), read("head.bias")) if head else None,
     )
@@ -258,8 +261,9 @@ def build_block(
     ranks: Mapping[str, int | None],
     read: Callable[[str], Tensor],
     kinds: LinearKinds = PLAIN_KINDS,
+    queries: int | None = None,
 ) -> Block:
-    """Block `index` alone; arguments as for `build_vit`."""
+    """Block `index` alone; arguments as for `build_vit` and `Block`."""
     name = f"blocks.{index}"
 
     def linear(key: str, scale: str | None) -> Linear:
@@ -281,6 +285,7 @@ def build_block(
         norm("norm2"),
         linear("fc1", None),
         linear("fc2", "scale2"),
+        queries,
     )
 
 

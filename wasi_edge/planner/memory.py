@@ -7,6 +7,7 @@ block and token is the table in `keep.py`; tests compare it with the engine. Wha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -76,8 +77,11 @@ def kept_bytes(load: Workload, choices: Choices) -> int:
     shape = geometry.width, geometry.mlp_width, geometry.heads, rank
     counts = choices.count_keeps()
     kept = sum(count * kept_bytes_per_token(keep, *shape) for keep, count in counts.items())
+    if geometry.reads_class_alone:
+        last, read = choices.keeps()[-1], 1 / load.tokens
+        kept += kept_bytes_per_token(last, *shape, read) - kept_bytes_per_token(last, *shape)
     rebuilt = max((rebuilt_bytes_per_token(keep, *shape) for keep in counts), default=0)
-    return kept + rebuilt + FLOAT * choices.gradient_rank
+    return math.ceil(kept + rebuilt) + FLOAT * choices.gradient_rank
 
 
 def forward_bytes_per_token(load: Workload) -> int:
@@ -99,9 +103,10 @@ def shared_bytes_per_token(load: Workload) -> int:
 
 def fresh_bytes(load: Workload, micro_batch: int) -> int:
     """What is made anew each time: norms, a few tokens at a time, and attention, a few photos at a time (q, k, v and
-    their gradients, the output and its). Counted twice, for the gaps it leaves in the heap."""
+    their gradients, the output and its). Norms and one photo are counted twice, for the gaps it leaves in the heap."""
     d, rows = load.geometry.width, min(micro_batch * load.tokens, NORM_ROWS)
-    return FLOAT * 2 * (2 * d * rows + min(micro_batch, attention_photos(load.tokens)) * load.tokens * 8 * d)
+    photos = min(micro_batch, attention_photos(load.tokens))
+    return FLOAT * (2 * 2 * d * rows + (1 + photos) * load.tokens * 8 * d)
 
 
 def scratch_bytes(load: Workload, micro_batch: int, compact: bool) -> int:
@@ -193,6 +198,8 @@ def vanilla_items(load: Workload, choices: Choices) -> list[Item]:
     micro_batch = choices.micro_batch
     tokens = micro_batch * load.tokens
     kept = tokens * per_block * geometry.depth * FLOAT
+    if geometry.reads_class_alone:
+        kept -= tokens * (2 * m + 3 * d) * FLOAT  # of the last block, those of the MLP and of the attention's output
     at_work = tokens * transient * FLOAT
     items = [
         Item("weights (dense)", (linears + others) * FLOAT),

@@ -25,14 +25,8 @@ from torch import Tensor
 from wasi_edge.chunks import ROUNDING_ROWS
 from wasi_edge.layers.linear import AsiLinear, SubspaceLinear, WasiLinear
 from wasi_edge.planner.memory import update_scratch_bytes
-from wasi_edge.subspace.weight import (
-    MAX_CONDITION,
-    WeightFactors,
-    make_orthonormal,
-    momentum_to_new_basis,
-    update_weight,
-    weight_factors,
-)
+from wasi_edge.subspace.factors import MAX_CONDITION, WeightFactors, make_orthonormal, weight_factors
+from wasi_edge.subspace.weight import momentum_to_new_basis, update_weight
 
 MOMENTUM = 0.9
 # singular values of M below this share of the largest are noise and are not blown up to one
