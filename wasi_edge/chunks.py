@@ -24,7 +24,7 @@ EVALUATION_BATCH = 8
 # ranks are padded to a multiple of this while a network is in memory: kernels of matrix products waste time on the rest
 RANK_MULTIPLE = 8
 # photos together in attention: their tokens are work enough for the cores, and what the kernels return stays small
-ATTENTION_ROWS = 256
+ATTENTION_ROWS = 128
 # a gradient's basis is refreshed from a share of the tokens, as long as these are enough for its rank
 _SAMPLED_SHARE, _SAMPLED_TOKENS = 4, 256
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import statistics
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +20,9 @@ from wasi_edge.bench.subject import CLASSES, Subject
 from wasi_edge.errors import UsageError
 from wasi_edge.method import Method
 from wasi_edge.planner.choices import Choices
+from wasi_edge.training.factor_update import ORTHONORMALISE_EVERY
 from wasi_edge.training.methods import make_trainer
-from wasi_edge.training.trainer import Recipe, Trainer
+from wasi_edge.training.trainer import Recipe, SubspaceTrainer, Trainer
 from wasi_edge.training.vanilla_trainer import VanillaTrainer
 from wasi_edge.units import parse_size
 
@@ -91,26 +94,40 @@ class Contestant:
         if not self.learns:
             self._for_parts(self._trainer.features)
             return
-        self.passes(refresh=True)
-        self.update()
+        self._passes()
+        self._update()
 
-    def passes(self, refresh: bool) -> None:
-        """Forward and backward of all photos; `refresh` False leaves the subspaces alone."""
+    def _passes(self) -> None:
+        """Forward and backward of all photos."""
         size = self.choices.micro_batch
         for first in range(0, self.batch, size):
             part = slice(first, first + size)
             self._trainer.micro_batch(
-                self._pixels[part], self._labels[part], self._weight[part], refresh and first == 0, self.batch
+                self._pixels[part], self._labels[part], self._weight[part], first == 0, self.batch
             )
 
-    def update(self) -> None:
+    def _update(self) -> None:
         """The update alone, of gradients that are there."""
         self._steps += 1
         self._trainer.apply(self._steps, 1.0)
 
-    def forget(self) -> None:
-        """Gradients that are there are not used."""
-        self._trainer.abandon()
+    def upkeep_fraction(self, rounds: int) -> float | None:
+        """Share of a step that keeps subspaces and weights current: refreshing the bases, all of the update, and of
+        making pairs orthonormal again the share that falls on a step. None for methods that have no subspace."""
+        if not isinstance(self._trainer, SubspaceTrainer):
+            return None
+        shares = []
+        for _ in range(rounds):
+            refreshed, began = self._trainer.refresh_seconds, time.perf_counter()
+            self._passes()
+            middle = time.perf_counter()
+            self._update()
+            over = time.perf_counter()
+            self._trainer.orthonormalise()
+            rare = (time.perf_counter() - over) / ORTHONORMALISE_EVERY
+            upkeep = self._trainer.refresh_seconds - refreshed + over - middle + rare
+            shares.append(upkeep / (over - began + rare))
+        return statistics.median(shares)
 
     def infer(self) -> None:
         """Logits of all photos."""
@@ -133,7 +150,7 @@ class Contestant:
 
 def free_choices(batch: int, depth: int, gradient_rank: int) -> Choices:
     """With all the memory it likes: everything at once, nothing rounded, nothing rebuilt."""
-    return Choices(micro_batch=batch, trained_blocks=depth, gradient_rank=gradient_rank, compact=False)
+    return Choices(micro_batch=batch, trained_blocks=depth, gradient_rank=gradient_rank, compact=False, trimmed=False)
 
 
 def choices_from(values: dict[str, Any]) -> Choices:

@@ -10,7 +10,6 @@ import dataclasses
 import gc
 import statistics
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +156,7 @@ def _measure_batch(
     events.stage(f"forward passes, batch {batch}", 2 * request.rounds + 1)
     infer = interleave({key: c.infer for key, c in contestants.items()}, 2 * request.rounds, on_round=events.advance)
     upkeep_rounds = 1 if request.quick else _UPKEEP_ROUNDS
-    upkeep = {key: _upkeep_fraction(c, upkeep_rounds) for key, c in contestants.items()}
+    upkeep = {key: c.upkeep_fraction(upkeep_rounds) for key, c in contestants.items()}
     watts = {key: _watts(c) for key, c in contestants.items()}
     counts = {key: c.counts() for key, c in contestants.items()}
     contestants.clear()
@@ -263,27 +262,6 @@ def _choices(request: BenchRequest, subject: Subject, entry: Entry, batch: int) 
     )
     speed = Speed(probe.train_seconds, probe.infer_seconds, probe.update_seconds, 0.0)
     return choose_plan(load, work, base, entry.budget_bytes, speed)
-
-
-def _upkeep_fraction(contestant: Contestant, rounds: int) -> float | None:
-    """Share of a step that keeps subspaces and weights current, from outside: the update, and what refreshing the bases
-    adds to the passes. None for methods that have no subspace."""
-    if not contestant.entry.method.is_explicit:
-        return None
-    shares = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        contestant.passes(refresh=False)
-        plain = time.perf_counter() - began
-        contestant.forget()
-        began = time.perf_counter()
-        contestant.passes(refresh=True)
-        middle = time.perf_counter()
-        contestant.update()
-        whole = time.perf_counter() - began
-        refreshed = middle - began
-        shares.append((max(0.0, refreshed - plain) + whole - refreshed) / whole)
-    return statistics.median(shares)
 
 
 def _watts(contestant: Contestant) -> float | None:

@@ -20,6 +20,7 @@ ds_o = <W_o, dW'_o> + b_o db'_o with dW' the gradient before scaling, so nothing
 from __future__ import annotations
 
 import math
+import time
 from typing import NamedTuple
 
 import torch
@@ -144,11 +145,13 @@ class SubspaceLinear:
         photo: all that there are, or the first ones that somebody reads."""
         assert self.basis is not None and self.token_weight is not None, "start_training was not called"
         if run.refresh_basis:
+            began = time.perf_counter()
             stride = len(x) // sampled_tokens(len(x))
             weight = self.token_weight[:tokens].repeat(len(x) // tokens)[::stride]
             iterations = _COLD_ITERATIONS if self._cold else 1
             self.basis = tucker.refresh_basis(x[::stride], self.basis, weight, iterations)
             self._cold = False
+            run.refresh_seconds += time.perf_counter() - began
         z = run.workspace.take(save_as, (x.shape[0], self.basis.shape[1]), x.dtype)
         return torch.mm(x, self.basis, out=z)  # (T, I) @ (I, r) -> (T, r)
 
@@ -170,6 +173,7 @@ class SubspaceLinear:
         """The same with the input (T, I) itself: U is chosen by the gradient first, where this pass says so."""
         assert self.basis is not None, "start_training was not called"
         if run.refresh_basis:
+            began = time.perf_counter()
             some_x, some_dy = _strongest(x, dy)
             iterations = _COLD_ITERATIONS if self._cold else 1
             for _ in range(iterations):
@@ -178,6 +182,7 @@ class SubspaceLinear:
                     break  # no gradient, nothing to follow; or none that training will go on with
                 self.basis = orthonormalise(some_x.t() @ (some_dy @ left))  # orth(dW^T dW U)
                 self._cold = False
+            run.refresh_seconds += time.perf_counter() - began
         z = run.workspace.take("linear.projection", (len(x), self.basis.shape[1]), x.dtype)
         return self._backward(torch.mm(x, self.basis, out=z), dy, run, out)
 

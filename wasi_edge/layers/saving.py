@@ -12,8 +12,9 @@ class Pass:
     """One run through the network.
 
     `refresh_basis`: this is the first micro-batch of an optimiser step, so every low-rank linear refreshes the
-    subspace of its input before it compresses it.
+    subspace of its input before it compresses it. `refresh_seconds`: what that has taken so far, all passes together.
     """
 
     workspace: Workspace = field(default_factory=Workspace)
     refresh_basis: bool = False
+    refresh_seconds: float = 0.0

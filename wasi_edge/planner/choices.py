@@ -45,6 +45,8 @@ class Choices:
     weight_bits         32, or 16: factors in float16, rounded stochastically
     reused_heap         freed blocks stay in the process and are used again: autograd's tape then faults no pages, but
                         its many sizes leave gaps (the explicit engine's few small blocks do not: always on)
+    trimmed             the explicit engine hands back all free memory after each update, and works in the pages of
+                        buffers while it updates: less memory, and pages that fault in the next step
     """
 
     micro_batch: int
@@ -58,6 +60,7 @@ class Choices:
     carried_grams: bool = True
     weight_bits: int = 32
     reused_heap: bool = True
+    trimmed: bool = True
 
     def count_keeps(self) -> dict[Keep, int]:
         """How many trained blocks keep what, from the first of them to the last; those that none keeps are left out."""
@@ -120,6 +123,7 @@ def _ways(
                     weight_bits=bits,
                 )
                 if bits == 32:
+                    yield dataclasses.replace(way, compact=False, trimmed=False)
                     yield dataclasses.replace(way, compact=False)
                 yield from _ladder(way)
 

@@ -47,6 +47,8 @@ ROUNDING_COST = 1.46
 WIDENING_COST = 0.12
 # Autograd's tape in memory that is mapped anew each time: 150 ms a photo without, 265 with.
 FAULT_COST = 1.75
+# Free memory that is not handed back after each update does not fault in the next step.
+UNTRIMMED_COST = 0.95
 _PROBED_PHOTOS, _PROBED_TOKENS = 4, 145
 # More than the smallest plan that a refusal asks for: the next run will not measure the same base to the page.
 NAMED_MARGIN_BYTES = 4 * 2**20
@@ -285,6 +287,7 @@ def _seconds(load: Workload, work: Work, speed: Speed, choices: Choices) -> floa
     again = trained if choices.cached_views else 1.0
     seconds += (work.epochs * work.num_val + work.num_train) * passing * again
     slowdown = _overhead(choices.micro_batch, widening) * (1.0 if choices.reused_heap else FAULT_COST)
+    slowdown *= 1.0 if choices.trimmed else UNTRIMMED_COST
     slowdown *= 1 + _rebuilding(choices) - (0 if choices.compact else COMPACT_COST)
     seconds += work.epochs * work.num_train * speed.train_seconds * trained * slowdown
     update = REBUILD_COST if not choices.carried_grams else 1.0

@@ -129,6 +129,14 @@ class FactorUpdate:
         """Rotate the pair of `name` to orthonormal L and diagonal R R^T, in place."""
         self._hold(name, linear, make_orthonormal(factors.left, factors.right, factors.carried))
 
+    def orthonormalise(self) -> None:
+        """All pairs at once; otherwise they take turns (`ORTHONORMALISE_EVERY`)."""
+        for name, linear in self._linears.items():
+            if isinstance(linear, WasiLinear):
+                factors = self._wide_factors(name, linear)
+                self._orthonormalise(name, linear, factors)
+                self._put_back(linear, factors, name, step=0)
+
     def _hold(self, name: str, linear: WasiLinear, factors: WeightFactors) -> None:
         if self._carry_grams and not _is_rounded(linear):
             self._carried[name] = factors.carried

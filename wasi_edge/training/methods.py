@@ -45,4 +45,5 @@ def make_trainer(
     network = build_vit(geometry, ranks, read, image_size, head=True, blocks=blocks, kinds=kinds)
     if method is Method.HEAD:
         return FrozenTrainer(network)
-    return SubspaceTrainer(network, recipe, choices.keeps(), choices.gradient_rank, seed, active, choices.carried_grams)
+    keeps, rank = choices.keeps(), choices.gradient_rank
+    return SubspaceTrainer(network, recipe, keeps, rank, seed, active, choices.carried_grams, choices.trimmed)

@@ -142,8 +142,9 @@ class Session:
 
     def _settle(self) -> None:
         """After the first step: everything that stays has been made, what the head alone needed is over."""
-        if self._prepared.plan.reused_heap:
-            reuse_freed_memory(any_size=not self._prepared.request.method.is_explicit)
+        plan = self._prepared.plan
+        if plan.reused_heap:
+            reuse_freed_memory(any_size=not (self._prepared.request.method.is_explicit and plan.trimmed))
         release_library_pages()
 
     def _start(self, trainer: Trainer, progress: Progress) -> None:

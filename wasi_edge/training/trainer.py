@@ -127,7 +127,7 @@ class FrozenTrainer:
 
 class SubspaceTrainer(FrozenTrainer):
     """Small gradients P U^T and the rule that updates weights with them (`wasi`, `wsi`, `asi`: as the model was built).
-    `keeps`: one for each block that learns."""
+    `keeps`: one for each block that learns. `trim`: as the planner's choice `trimmed`."""
 
     def __init__(
         self,
@@ -138,8 +138,10 @@ class SubspaceTrainer(FrozenTrainer):
         seed: int,
         active: Tensor | None = None,
         carry_grams: bool = True,
+        trim: bool = True,
     ) -> None:
         super().__init__(model)
+        self._trim = trim
         self.recipe, self.keeps, self.active = recipe, list(keeps), active
         self._learning = model.learning_parameters(len(keeps))
         # of this step; the buffers live on, because what is made anew in every step ends up between what is not
@@ -176,8 +178,9 @@ class SubspaceTrainer(FrozenTrainer):
     def apply(self, step: int, schedule: float) -> float:
         norm = float(torch.stack([g.norm() for g in self._gradients.values()]).norm())
         refuse_divergence(norm, step, self.recipe)
-        # nothing kept is read any more: the update works in the memory of some of it
-        self._run.workspace.lend(self._factors.scratch_bytes)
+        if self._trim:
+            # nothing kept is read any more: the update works in the memory of some of it
+            self._run.workspace.lend(self._factors.scratch_bytes)
         recipe = self.recipe
         clip = min(1.0, recipe.clip_norm / max(norm, 1e-12))
         for name, gradient in self._gradients.items():
@@ -192,7 +195,8 @@ class SubspaceTrainer(FrozenTrainer):
                 self._adam.update(stored, self._parameters[stored], gradient, rate, step)
         self._gradients.clear()
         self._before_step.clear()
-        release_free_memory()
+        if self._trim:
+            release_free_memory()
         return norm
 
     def abandon(self) -> None:
@@ -235,6 +239,15 @@ class SubspaceTrainer(FrozenTrainer):
                 parts[kind][name] = value
         for name, linear in self._linears.items():
             linear.restore(parts["basis"][name], parts["token_weight"][name], bool(parts["cold"][name]))
+
+    @property
+    def refresh_seconds(self) -> float:
+        """What refreshing the bases has taken so far."""
+        return self._run.refresh_seconds
+
+    def orthonormalise(self) -> None:
+        """Make all pairs of factors orthonormal again."""
+        self._factors.orthonormalise()
 
     def held_bytes(self) -> int:
         """Bytes of the buffers of forward and backward passes."""
