@@ -26,7 +26,7 @@ RANK_MULTIPLE = 8
 # photos together in attention: their tokens are work enough for the cores, and what the kernels return stays small
 ATTENTION_ROWS = 128
 # a gradient's basis is refreshed from a share of the tokens, as long as these are enough for its rank
-_SAMPLED_SHARE, _SAMPLED_TOKENS = 4, 256
+_SAMPLED_SHARE, _FEWEST_SAMPLED, _MOST_SAMPLED = 4, 256, 512
 
 
 def padded_rank(rank: int) -> int:
@@ -41,4 +41,4 @@ def attention_photos(tokens: int) -> int:
 
 def sampled_tokens(tokens: int) -> int:
     """How many of all tokens of a micro-batch a basis is refreshed from."""
-    return min(tokens, max(_SAMPLED_TOKENS, tokens // _SAMPLED_SHARE))
+    return min(tokens, _MOST_SAMPLED, max(_FEWEST_SAMPLED, tokens // _SAMPLED_SHARE))

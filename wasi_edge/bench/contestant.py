@@ -94,39 +94,28 @@ class Contestant:
         if not self.learns:
             self._for_parts(self._trainer.features)
             return
-        self._passes()
-        self._update()
-
-    def _passes(self) -> None:
-        """Forward and backward of all photos."""
         size = self.choices.micro_batch
         for first in range(0, self.batch, size):
             part = slice(first, first + size)
             self._trainer.micro_batch(
                 self._pixels[part], self._labels[part], self._weight[part], first == 0, self.batch
             )
-
-    def _update(self) -> None:
-        """The update alone, of gradients that are there."""
         self._steps += 1
         self._trainer.apply(self._steps, 1.0)
 
     def upkeep_fraction(self, rounds: int) -> float | None:
-        """Share of a step that keeps subspaces and weights current: refreshing the bases, all of the update, and of
-        making pairs orthonormal again the share that falls on a step. None for methods that have no subspace."""
+        """Share of a step that keeps subspaces and weights current: refreshing the bases, the steps of the weights, and
+        of making pairs orthonormal again the part that falls on one step. None for methods that have no subspace."""
         if not isinstance(self._trainer, SubspaceTrainer):
             return None
         shares = []
         for _ in range(rounds):
-            refreshed, began = self._trainer.refresh_seconds, time.perf_counter()
-            self._passes()
-            middle = time.perf_counter()
-            self._update()
+            before, began = self._trainer.upkeep_seconds, time.perf_counter()
+            self.step()
             over = time.perf_counter()
             self._trainer.orthonormalise()
             rare = (time.perf_counter() - over) / ORTHONORMALISE_EVERY
-            upkeep = self._trainer.refresh_seconds - refreshed + over - middle + rare
-            shares.append(upkeep / (over - began + rare))
+            shares.append((self._trainer.upkeep_seconds - before + rare) / (over - began + rare))
         return statistics.median(shares)
 
     def infer(self) -> None:

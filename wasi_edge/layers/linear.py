@@ -174,7 +174,7 @@ class SubspaceLinear:
         assert self.basis is not None, "start_training was not called"
         if run.refresh_basis:
             began = time.perf_counter()
-            some_x, some_dy = _strongest(x, dy)
+            some_x, some_dy = _strongest(x, dy, run)
             iterations = _COLD_ITERATIONS if self._cold else 1
             for _ in range(iterations):
                 left = some_dy.t() @ (some_x @ self.basis)  # dW U, (O, r)
@@ -327,13 +327,15 @@ class LinearKinds(NamedTuple):
 PLAIN_KINDS = LinearKinds()
 
 
-def _strongest(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+def _strongest(x: Tensor, dy: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
     """Of x (T, I) and dy (T, O) the tokens whose gradients are largest: a quarter of them stands for the whole."""
     rows = sampled_tokens(len(dy))
     if rows == len(dy):
         return x, dy
     strongest = torch.linalg.vector_norm(dy, dim=1).topk(rows, sorted=False).indices
-    return x[strongest], dy[strongest]
+    some_x = run.workspace.take("linear.sampled.x", (rows, x.shape[1]), x.dtype)
+    some_dy = run.workspace.take("linear.sampled.dy", (rows, dy.shape[1]), dy.dtype)
+    return torch.index_select(x, 0, strongest, out=some_x), torch.index_select(dy, 0, strongest, out=some_dy)
 
 
 def _padded(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ old U and the Gram matrices, a fifth of what AdamW on the factors holds.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import torch
@@ -52,6 +53,7 @@ class FactorUpdate:
         self._number = {name: index for index, name in enumerate(self._linears)}
         self._carry_grams, self._seed = carry_grams, seed
         self._weight_decay = weight_decay
+        self.seconds = 0.0  # that updates have taken so far
         self._carried: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
         self._basis: dict[str, Tensor] = {}
@@ -64,6 +66,11 @@ class FactorUpdate:
 
     def update(self, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
         """One step of linear `name` with P (O, r), which stays as it is. `step` counts from 1."""
+        began = time.perf_counter()
+        self._update(name, projected, learning_rate, step)
+        self.seconds += time.perf_counter() - began
+
+    def _update(self, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
         linear = self._linears[name]
         basis = linear.basis
         assert basis is not None

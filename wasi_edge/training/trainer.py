@@ -241,9 +241,9 @@ class SubspaceTrainer(FrozenTrainer):
             linear.restore(parts["basis"][name], parts["token_weight"][name], bool(parts["cold"][name]))
 
     @property
-    def refresh_seconds(self) -> float:
-        """What refreshing the bases has taken so far."""
-        return self._run.refresh_seconds
+    def upkeep_seconds(self) -> float:
+        """What refreshing the bases and the updates of the linears have taken so far."""
+        return self._run.refresh_seconds + self._factors.seconds
 
     def orthonormalise(self) -> None:
         """Make all pairs of factors orthonormal again."""
