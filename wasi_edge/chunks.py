@@ -22,21 +22,22 @@ UPDATE_MATRICES = 9
 # most photos that pass through the network together where nothing is trained
 EVALUATION_BATCH = 8
 # ranks are padded to a multiple of this while a network is in memory: kernels of matrix products waste time on the rest
-RANK_MULTIPLE = 8
-# photos together in attention: their tokens are work enough for the cores, and what the kernels return stays small
-ATTENTION_ROWS = 128
+_RANK_MULTIPLE = 8
+# tokens together in attention, as far as whole photos allow: work enough for the cores, and what the kernels return
+# stays small; more is a little faster where memory is ample
+_ATTENTION_TOKENS, _AMPLE_ATTENTION_TOKENS = 128, 800
 # a gradient's basis is refreshed from a share of the tokens, as long as these are enough for its rank
 _SAMPLED_SHARE, _FEWEST_SAMPLED, _MOST_SAMPLED = 4, 256, 512
 
 
 def padded_rank(rank: int) -> int:
-    """The next multiple of RANK_MULTIPLE."""
-    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+    """Of a weight in factors as it is held: a multiple of eight, with room for the bias as one more column."""
+    return (rank // _RANK_MULTIPLE + 1) * _RANK_MULTIPLE
 
 
-def attention_photos(tokens: int) -> int:
+def attention_photos(tokens: int, ample: bool) -> int:
     """How many photos of so many tokens pass through attention together."""
-    return max(1, ATTENTION_ROWS // tokens)
+    return max(1, (_AMPLE_ATTENTION_TOKENS if ample else _ATTENTION_TOKENS) // tokens)
 
 
 def sampled_tokens(tokens: int) -> int:

@@ -168,10 +168,16 @@ class _ObservedLinear(DenseLinear):
     moments: Moments
 
     def forward(
-        self, x: Tensor, tokens: int, run: Pass, save_as: str | None, out: Tensor | None = None
+        self,
+        x: Tensor,
+        tokens: int,
+        run: Pass,
+        save_as: str | None,
+        out: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         self.moments.add(x)
-        return super().forward(x, tokens, run, save_as, out)
+        return super().forward(x, tokens, run, save_as, out, residual)
 
 
 class _Walk:

@@ -56,7 +56,7 @@ def attention_forward(
     own = save_as is not None and dtype is qkv.dtype
     out = take(f"{save_as}.out" if own else "attention.out", (batch, asking, width), qkv.dtype)
     lse: Tensor | None = None
-    for photos in _chunks(batch, tokens):
+    for photos in _chunks(batch, tokens, run.ample):
         q, k, v = _split_heads(qkv[photos], heads)
         q = q[:, :, :asking]
         if fused:
@@ -81,7 +81,7 @@ def attention_backward(saved: SavedAttention, dout: Tensor, heads: int, run: Pas
     (batch, asking, width), tokens = dout.shape, saved.qkv.shape[1]
     head_dim = width // heads
     dqkv = run.workspace.take("block.qkv", (batch, tokens, 3, heads, head_dim), dout.dtype)
-    for photos in _chunks(batch, tokens):
+    for photos in _chunks(batch, tokens, run.ample):
         q, k, v = _split_heads(_widened(saved.qkv[photos], "attention.photo.qkv", dout.dtype, run), heads)
         q = q[:, :, :asking]
         dmixed = dout[photos].view(-1, asking, heads, head_dim).transpose(1, 2)
@@ -113,8 +113,8 @@ def _widened(kept: Tensor, name: str, dtype: torch.dtype, run: Pass) -> Tensor:
     return kept if kept.dtype is dtype else run.workspace.keep(name, kept, dtype)
 
 
-def _chunks(batch: int, tokens: int) -> Iterator[slice]:
-    step = attention_photos(tokens)
+def _chunks(batch: int, tokens: int, ample: bool) -> Iterator[slice]:
+    step = attention_photos(tokens, ample)
     return (slice(first, min(first + step, batch)) for first in range(0, batch, step))
 
 

@@ -179,9 +179,8 @@ class Block:
         self, residual: Tensor, last: Linear, x: Tensor, tokens: int, run: Pass, name: str | None, out: str
     ) -> tuple[Tensor, Tensor | None]:
         """residual + last(x) (T, D) in the buffer `out`, and the kept input of `last`."""
-        branch = run.workspace.take("block.branch", tuple(residual.shape), residual.dtype)
-        branch, z = last.forward(x, tokens, run, name, out=branch)
-        return torch.add(residual, branch, out=run.workspace.take(out, tuple(residual.shape), residual.dtype)), z
+        y = run.workspace.take(out, tuple(residual.shape), residual.dtype)
+        return last.forward(x, tokens, run, name, out=y, residual=residual)
 
     def _expand(self, n2: Tensor, saved: SavedBlock, save_as: str | None, run: Pass) -> tuple[Tensor, SavedGelu | None]:
         """norm2's output (T, D) -> fc2's input (T, M), in the buffer that all blocks share, and what GELU keeps."""

@@ -55,12 +55,16 @@ class DenseLinear:
         return out_features, in_features
 
     def forward(
-        self, x: Tensor, tokens: int, run: Pass, save_as: str | None, out: Tensor | None = None
+        self,
+        x: Tensor,
+        tokens: int,
+        run: Pass,
+        save_as: str | None,
+        out: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(T, I) -> (T, O), into `out` if given. `tokens` per image is not used here."""
-        y = _affine(x, self.params["weight"], self.params.get("bias"), out)
-        if "scale" in self.params:
-            y.mul_(self.params["scale"])
+        """(T, I) -> (T, O), plus `residual` (T, O), into `out` if given. `tokens` per image is not used here."""
+        y = _dense_product(x, self.params, out, residual)
         return y, None if save_as is None else self.save(x, tokens, run, save_as)
 
     def save(self, x: Tensor, tokens: int, run: Pass, save_as: str) -> Tensor:
@@ -132,12 +136,17 @@ class SubspaceLinear:
         self.basis, self.token_weight, self._cold = basis, token_weight, cold
 
     def forward(
-        self, x: Tensor, tokens: int, run: Pass, save_as: str | None, out: Tensor | None = None
+        self,
+        x: Tensor,
+        tokens: int,
+        run: Pass,
+        save_as: str | None,
+        out: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(T, I) -> (T, O), into `out` if given; T = B * `tokens`. With `save_as`, keeps what `save` says."""
-        y = self._product(self._weights(x.dtype, run), x, run, out)
-        if "scale" in self.params:
-            y.mul_(self.params["scale"])
+        """(T, I) -> (T, O), plus `residual` (T, O), into `out` if given; T = B * `tokens`. With `save_as`, keeps what
+        `save` says."""
+        y = self._product(self._weights(x.dtype, run), x, run, out, residual)
         return y, None if save_as is None else self.save(x, tokens, run, save_as)
 
     def save(self, x: Tensor, tokens: int, run: Pass, save_as: str) -> Tensor:
@@ -207,8 +216,10 @@ class SubspaceLinear:
         """The weight, or its factors, in `dtype`: what the three products below are made with."""
         raise NotImplementedError
 
-    def _product(self, weights: tuple[Tensor, ...], x: Tensor, run: Pass, out: Tensor | None) -> Tensor:
-        """x W^T + b (T, O), not scaled."""
+    def _product(
+        self, weights: tuple[Tensor, ...], x: Tensor, run: Pass, out: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        """scale (x W^T + b) + residual (T, O)."""
         raise NotImplementedError
 
     def _product_backward(self, weights: tuple[Tensor, ...], dy: Tensor, run: Pass, out: Tensor | None) -> Tensor:
@@ -224,7 +235,9 @@ class WasiLinear(SubspaceLinear):
     """y = (x R^T) L^T + b. `params`: left (O, K), right (K, I), bias (O,), perhaps scale (O,).
 
     Factors in float16 are widened into two shared buffers each time they are used: products are always in x's type.
-    Products run over a rank padded to a multiple of 8 with zeros, which no parameter shows.
+    Products run over a rank padded to a multiple of 8, which no parameter shows. The first padded column of L is the
+    bias, and that of the hidden layer is one, so that adding the bias takes no pass of its own over y; R is padded with
+    zeros, so that nothing flows back through it.
     """
 
     def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
@@ -239,17 +252,24 @@ class WasiLinear(SubspaceLinear):
         """(O, I)."""
         return self.params["left"].shape[0], self.params["right"].shape[1]
 
-    def _product(self, weights: tuple[Tensor, ...], x: Tensor, run: Pass, out: Tensor | None) -> Tensor:
-        left, right = weights
+    def _product(
+        self, weights: tuple[Tensor, ...], x: Tensor, run: Pass, out: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        (left, right), rank = weights, self.params["right"].shape[0]
         hidden = run.workspace.take("linear.hidden", (x.shape[0], right.shape[0]), x.dtype)
         torch.mm(x, right.t(), out=hidden)  # (T, I) @ (I, K) -> (T, K)
-        return _affine(hidden, left, self.params.get("bias"), out)  # (T, K) @ (K, O) -> (T, O)
+        if "bias" in self.params:
+            left[:, rank] = self.params["bias"]
+            hidden[:, rank] = 1.0
+        left = self._scaled(left, run)
+        # (T, K) @ (K, O) -> (T, O)
+        if residual is None:
+            return torch.mm(hidden, left.t(), out=out)
+        return torch.addmm(residual, hidden, left.t(), out=out)
 
     def _product_backward(self, weights: tuple[Tensor, ...], dy: Tensor, run: Pass, out: Tensor | None) -> Tensor:
         left, right = weights
-        if "scale" in self.params:
-            scaled = run.workspace.take("linear.scaled", tuple(left.shape), left.dtype)
-            left = torch.mul(left, self.params["scale"][:, None], out=scaled)
+        left = self._scaled(left, run)
         dhidden = run.workspace.take("linear.hidden", (dy.shape[0], right.shape[0]), dy.dtype)
         torch.mm(dy, left, out=dhidden)  # (T, O) @ (O, K) -> (T, K)
         return torch.mm(dhidden, right, out=out)  # (T, K) @ (K, I) -> (T, I)
@@ -257,6 +277,13 @@ class WasiLinear(SubspaceLinear):
     def _times_weight(self, weights: tuple[Tensor, ...], basis: Tensor) -> Tensor:
         left, right = weights
         return left @ (right @ basis)
+
+    def _scaled(self, left: Tensor, run: Pass) -> Tensor:
+        """diag(scale) L."""
+        if "scale" not in self.params:
+            return left
+        scaled = run.workspace.take("linear.scaled", tuple(left.shape), left.dtype)
+        return torch.mul(left, self.params["scale"][:, None], out=scaled)
 
     def _weights(self, dtype: torch.dtype, run: Pass) -> tuple[Tensor, ...]:
         left, right = self._left, self._right
@@ -295,8 +322,10 @@ class AsiLinear(SubspaceLinear):
     def _weights(self, dtype: torch.dtype, run: Pass) -> tuple[Tensor, ...]:
         return (self.params["weight"],)
 
-    def _product(self, weights: tuple[Tensor, ...], x: Tensor, run: Pass, out: Tensor | None) -> Tensor:
-        return _affine(x, weights[0], self.params.get("bias"), out)
+    def _product(
+        self, weights: tuple[Tensor, ...], x: Tensor, run: Pass, out: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        return _dense_product(x, self.params, out, residual)
 
     def _product_backward(self, weights: tuple[Tensor, ...], dy: Tensor, run: Pass, out: Tensor | None) -> Tensor:
         if "scale" in self.params:
@@ -339,19 +368,19 @@ def _strongest(x: Tensor, dy: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
 
 
 def _padded(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """left (O, K), right (K, I) with zeros up to the next padded rank; as they are where there is nothing to add."""
+    """left (O, K), right (K, I) with zeros up to the next padded rank."""
     (out_features, rank), in_features = left.shape, right.shape[1]
     held = padded_rank(rank)
-    if held == rank:
-        return left, right
     wide_left, wide_right = left.new_zeros(out_features, held), right.new_zeros(held, in_features)
     wide_left[:, :rank] = left
     wide_right[:rank] = right
     return wide_left, wide_right
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    """x W^T + b."""
-    if bias is None:
-        return torch.mm(x, weight.t(), out=out)
-    return torch.addmm(bias, x, weight.t(), out=out)
+def _dense_product(x: Tensor, params: dict[str, Tensor], out: Tensor | None, residual: Tensor | None) -> Tensor:
+    """scale (x W^T + b) + residual for a dense weight."""
+    weight = params["weight"].t()
+    y = torch.addmm(params["bias"], x, weight, out=out) if "bias" in params else torch.mm(x, weight, out=out)
+    if "scale" in params:
+        y.mul_(params["scale"])
+    return y if residual is None else y.add_(residual)

@@ -103,22 +103,22 @@ def shared_bytes_per_token(load: Workload) -> int:
     return forward_bytes_per_token(load) + FLOAT * 2 * d
 
 
-def fresh_bytes(load: Workload, micro_batch: int) -> int:
+def fresh_bytes(load: Workload, micro_batch: int, ample: bool = False) -> int:
     """What is made anew each time: norms, a few tokens at a time, and attention, a few photos at a time (q, k, v and
     their gradients, the output and its). Norms and one photo are counted twice, for the gaps it leaves in the heap."""
     d, rows = load.geometry.width, min(micro_batch * load.tokens, NORM_ROWS)
-    photos = min(micro_batch, attention_photos(load.tokens))
+    photos = min(micro_batch, attention_photos(load.tokens, ample))
     return FLOAT * (2 * 2 * d * rows + (1 + photos) * load.tokens * 8 * d)
 
 
-def scratch_bytes(load: Workload, micro_batch: int, compact: bool) -> int:
+def scratch_bytes(load: Workload, micro_batch: int, compact: bool, ample: bool = False) -> int:
     """What is made anew, and the buffers of GELU's derivative (where it is kept), a few tokens at a time, and of a
     factor times LayerScale."""
     rows = min(micro_batch * load.tokens, GELU_ROWS)
     few = 2 * load.geometry.mlp_width * rows if compact else 0
     if load.geometry.layer_scale:
         few += load.largest_left
-    return FLOAT * few + fresh_bytes(load, micro_batch)
+    return FLOAT * few + fresh_bytes(load, micro_batch, ample)
 
 
 def widened_bytes(load: Workload, weight_bits: int) -> int:
@@ -148,7 +148,8 @@ def training_items(load: Workload, choices: Choices) -> list[Item]:
     # the patch embedding's gradient is made anew by each micro-batch and then added
     made = 0 if first else load.geometry.width * load.geometry.channels * load.geometry.patch_size**2
     tokens = micro_batch * load.tokens
-    at_work = tokens * shared_bytes_per_token(load) + scratch_bytes(load, micro_batch, choices.compact)
+    at_work = tokens * shared_bytes_per_token(load)
+    at_work += scratch_bytes(load, micro_batch, choices.compact, ample=not choices.trimmed)
     at_work += widened_bytes(load, choices.weight_bits)
     kept = tokens * kept_bytes(load, choices)
     updating = _trained_sizes(load, choices).scratch

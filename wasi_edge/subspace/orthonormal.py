@@ -1,8 +1,8 @@
 """Orthonormal bases of tall, thin matrices, and Gram matrices in float64.
 
 Bases come from LAPACK's Householder QR. Cholesky-QR (two products and an (r, r) factorisation), which is often said to
-be the faster one, took 1.3 to 2.3 times as long for r = 32 once its Gram matrix is summed in float64, and needs a second
-pass where columns are far from orthogonal; the figures are in notes/LOG.md.
+be the faster one, took 1.3 to 2.3 times as long for r = 32 once its Gram matrix is summed in float64, and needs a
+second pass where columns are far from orthogonal; the figures are in notes/LOG.md.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class SubspaceTrainer(FrozenTrainer):
         trim: bool = True,
     ) -> None:
         super().__init__(model)
-        self._trim = trim
+        self._trim, self._run.ample = trim, not trim
         self.recipe, self.keeps, self.active = recipe, list(keeps), active
         self._learning = model.learning_parameters(len(keeps))
         # of this step; the buffers live on, because what is made anew in every step ends up between what is not
