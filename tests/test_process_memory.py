@@ -11,7 +11,7 @@ import pytest
 
 from wasi_edge.memory import hardware as hardware_module
 from wasi_edge.memory.hardware import physical_cores, power_watts, temperature_celsius, throttled
-from wasi_edge.memory.malloc import tune_malloc
+from wasi_edge.memory.malloc import release_free_memory, tune_malloc
 from wasi_edge.memory.process import (
     MOST_SAMPLES,
     MemoryWatch,
@@ -128,7 +128,9 @@ def test_the_tightest_cgroup_on_the_way_up_counts(tree: Path) -> None:
 
 
 def test_watch_sees_a_peak_between_two_samples() -> None:
-    tune_malloc()  # the spike in memory of its own, whatever ran in this process before
+    # the spike in memory of its own, whatever ran in this process before and left free memory in the heap
+    tune_malloc()
+    release_free_memory()
     with MemoryWatch(interval_seconds=30) as watch:
         before = watch.peak_rss_bytes
         spike = bytearray(b"x") * (before + 64 * MEBIBYTE - read_memory().rss_bytes)
