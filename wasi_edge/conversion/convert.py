@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -167,17 +168,9 @@ class _ObservedLinear(DenseLinear):
 
     moments: Moments
 
-    def forward(
-        self,
-        x: Tensor,
-        tokens: int,
-        run: Pass,
-        save_as: str | None,
-        out: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         self.moments.add(x)
-        return super().forward(x, tokens, run, save_as, out, residual)
+        return super().forward(x, *args, **kwargs)
 
 
 class _Walk:

@@ -57,12 +57,7 @@ class FactorUpdate:
         self._carried: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
         self._basis: dict[str, Tensor] = {}
-        for name, linear in self._linears.items():
-            if isinstance(linear, WasiLinear):
-                left, right = (_widened(linear.params[key]) for key in ("left", "right"))
-                factors = make_orthonormal(left, right)
-                self._hold(name, linear, factors)
-                self._put_back(linear, factors, name, step=0)
+        self.orthonormalise()
 
     def update(self, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
         """One step of linear `name` with P (O, r), which stays as it is. `step` counts from 1."""
@@ -140,8 +135,9 @@ class FactorUpdate:
         """All pairs at once; otherwise they take turns (`ORTHONORMALISE_EVERY`)."""
         for name, linear in self._linears.items():
             if isinstance(linear, WasiLinear):
-                factors = self._wide_factors(name, linear)
-                self._orthonormalise(name, linear, factors)
+                left, right = (_widened(linear.params[key]) for key in ("left", "right"))
+                factors = make_orthonormal(left, right, self._carried.get(name))
+                self._hold(name, linear, factors)
                 self._put_back(linear, factors, name, step=0)
 
     def _hold(self, name: str, linear: WasiLinear, factors: WeightFactors) -> None:
