@@ -277,6 +277,14 @@ def test_a_step_draws_nothing_from_any_global_generator():
     assert python_random.getstate() == before[2]
 
 
+def weights_multiplied_out(trainer: SubspaceTrainer) -> dict[str, Tensor]:
+    """The state with L R in place of L and R, whose singular vectors may have either sign."""
+    state = trainer.state()
+    for name in [name for name in state if name.endswith(".left")]:
+        state[name.removesuffix("left") + "product"] = state.pop(name) @ state.pop(name.removesuffix("left") + "right")
+    return state
+
+
 @pytest.mark.parametrize("rebuild", list(Rebuild)[1:])
 def test_rebuilding_changes_the_training_by_rounding_alone(rebuild):
     """To the bit it cannot be: a norm whose x_hat is kept rounds once more than torch's in one piece."""
@@ -285,9 +293,9 @@ def test_rebuilding_changes_the_training_by_rounding_alone(rebuild):
     for step in (1, 2, 3):
         train_step(kept, step, torch.float64)
         train_step(again, step, torch.float64)
-    expected = kept.state()
-    assert len(expected) > 50
-    for name, value in again.state().items():
+    expected, found = (weights_multiplied_out(trainer) for trainer in (kept, again))
+    assert len(expected) > 40
+    for name, value in found.items():
         if name.startswith(("parameter.", "token_weight.")):
             difference = float((value - expected[name]).norm())
             assert difference < 1e-9 * max(1.0, float(expected[name].norm())), name

@@ -119,6 +119,33 @@ def test_a_dense_weight_steps_along_the_polar_factor_and_is_not_truncated():
     assert rule.scratch_bytes == 0
 
 
+def test_linears_take_turns_and_their_momentum_gathers_every_gradient():
+    layers = {name: make(AsiLinear, 3, scale=False) for name in ("one", "two", "three")}
+    weights = {name: dense_weight(layer) for name, layer in layers.items()}
+    rule = FactorUpdate(layers, weight_decay=0.1, turns=2)
+    momenta = {name: torch.zeros(OUT, 3, dtype=torch.float64) for name in layers}
+    old = {name: torch.zeros(IN, 3, dtype=torch.float64) for name in layers}
+    moves = []
+    for step in range(1, 6):
+        for number, (name, layer) in enumerate(layers.items()):
+            layer.basis_rests = not rule.has_turn(name, step)
+            before = layer.basis
+            _, _, _, grads = both_passes(layer, 50 + 20 * step + 2 * number)
+            basis = layer.basis
+            assert basis is not None
+            assert (basis is before) == (step > 1 and layer.basis_rests)
+            momenta[name] = MOMENTUM * momenta[name] @ (old[name].T @ basis) + (1 - MOMENTUM) * grads["projected"]
+            old[name] = basis.clone()
+            if rule.has_turn(name, step):
+                rate = 2 * 0.01 * float(torch.linalg.matrix_norm(weights[name]))
+                weights[name] = (1 - rate * 0.1) * weights[name] - rate * polar_factor(momenta[name]) @ basis.T
+                moves.append((step, name))
+            rule.update(name, grads["projected"], 0.01, step)
+            assert relative_difference(layer.params["weight"], weights[name]) < 1e-12
+    groups = {True: ["one", "two"], False: ["three"]}
+    assert moves == [(step, name) for step in range(1, 6) for name in groups[step % 2 == 1]]
+
+
 def test_each_method_is_built_of_its_own_linears():
     assert LinearKinds.of(Method.WSI).factored is WsiLinear
     assert LinearKinds.of(Method.ASI).dense is AsiLinear

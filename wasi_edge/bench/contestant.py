@@ -20,7 +20,7 @@ from wasi_edge.bench.subject import CLASSES, Subject
 from wasi_edge.errors import UsageError
 from wasi_edge.method import Method
 from wasi_edge.planner.choices import Choices
-from wasi_edge.training.factor_update import ORTHONORMALISE_EVERY
+from wasi_edge.training.factor_update import ORTHONORMALISE_EVERY, TURNS
 from wasi_edge.training.methods import make_trainer
 from wasi_edge.training.trainer import Recipe, SubspaceTrainer, Trainer
 from wasi_edge.training.vanilla_trainer import VanillaTrainer
@@ -111,10 +111,11 @@ class Contestant:
         shares = []
         for _ in range(rounds):
             before, began = self._trainer.upkeep_seconds, time.perf_counter()
-            self.step()
+            for _ in range(TURNS):
+                self.step()
             over = time.perf_counter()
             self._trainer.orthonormalise()
-            rare = (time.perf_counter() - over) / ORTHONORMALISE_EVERY
+            rare = (time.perf_counter() - over) * TURNS / ORTHONORMALISE_EVERY
             shares.append((self._trainer.upkeep_seconds - before + rare) / (over - began + rare))
         return statistics.median(shares)
 

@@ -1,8 +1,8 @@
 """How far a compressed gradient is from the exact one, on real photos: speed without it does not count.
 
 The reference is the exact gradient of the same network in float32, nothing compressed, rounded or rebuilt. Bases are
-warm-started over a few batches as in training before anything is compared. The classifier is fitted in closed form on
-photos that are not compared, as a run begins.
+warm-started over a few batches as in training, where linears take turns in choosing a new one, before anything is
+compared. The classifier is fitted in closed form on photos that are not compared, as a run begins.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from wasi_edge.layers.linear import SubspaceLinear
 from wasi_edge.layers.saving import Pass
 from wasi_edge.models.vit import VisionTransformer
 from wasi_edge.preprocess import Preprocessing, center_view, normalise, open_photo, shrink
+from wasi_edge.training.factor_update import has_turn
 from wasi_edge.training.head import Head, fit_head
 from wasi_edge.training.loss import cross_entropy
 
@@ -93,6 +94,14 @@ def weight_gradients(
     return found
 
 
+def _rest(network: VisionTransformer, step: int) -> None:
+    """Let the bases rest that a training step, from 1, would leave as they are."""
+    linears = list(network.linears().values())
+    for number, linear in enumerate(linears):
+        if isinstance(linear, SubspaceLinear):
+            linear.basis_rests = not has_turn(number, len(linears), step)
+
+
 def start(network: VisionTransformer, gradient_rank: int) -> None:
     """Random bases for every linear."""
     generator = torch.Generator().manual_seed(0)
@@ -105,7 +114,7 @@ def gradient_errors(
     build: Callable[[], VisionTransformer],
     gradient_rank: int,
     sample: Sample,
-    batches: int = 3,
+    batches: int = 4,
     warm_up: int = WARM_UP,
 ) -> tuple[float, dict[str, float]]:
     """Relative error ||dW - P U^T|| / ||dW||: mean over linears and batches, and the means of each kind of layer.
@@ -118,6 +127,7 @@ def gradient_errors(
     start(exact, EVERYTHING)
     by_kind: dict[str, list[float]] = {}
     for number, part in enumerate(sample.batches(batches, warm_up)):
+        _rest(compressed, number + 1)
         found = weight_gradients(compressed, head, sample.pixels[part], sample.labels[part])
         if number < warm_up:
             continue

@@ -39,8 +39,9 @@ from wasi_edge.training.request import Events
 _UPKEEP_ROUNDS = 3
 _POWER_SECONDS = 0.2
 # batches that warm up the bases, and batches that are compared
-_GRADIENT_BATCHES = WARM_UP, 3
-_QUICK_GRADIENT_BATCHES = 3, 1
+# (of the latter an even number: all linears have their turn as often)
+_GRADIENT_BATCHES = WARM_UP, 4
+_QUICK_GRADIENT_BATCHES = 2, 2
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ descent under the spectral norm (as in Muon, Jordan et al. 2024, where an iterat
 approximates it; here r is small enough to do it exactly on (r, r)). It needs no second moments: the state is M, the
 old U and the Gram matrices, a fifth of what AdamW on the factors holds.
 `eta` is relative to the layer's own size, so that one learning rate fits all layers.
+
+The last two lines cost as much as the momentum's mean over ten steps changes little from one to the next. So linears
+take turns: momentum gathers every gradient, and each `turns`-th step moves the weight, `turns` times as far.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from wasi_edge.subspace.factors import MAX_CONDITION, WeightFactors, make_orthon
 from wasi_edge.subspace.weight import momentum_to_new_basis, update_weight
 
 MOMENTUM = 0.9
+# steps from one move of a weight, and refresh of its basis, to the next in training
+TURNS = 2
 # singular values of M below this share of the largest are noise and are not blown up to one
 POLAR_FLOOR = 1e-3
 # steps; linears take turns, so that no step is much longer than another
@@ -41,26 +46,37 @@ _DROPPED_BITS = 13
 class FactorUpdate:
     """The state of all linears that learn so: momentum, its basis, and what `subspace.weight` carries with factors.
 
+    `turns`: how many groups the linears are divided into, one of which moves at each step.
     `carry_grams` False measures the Gram matrices at every step instead: less memory, more time. Factors in float16 are
     widened for their update and rounded stochastically, keyed by (seed, step, linear), so that steps far smaller than
     float16's spacing still add up; their Gram matrices are always those of the rounded factors.
     """
 
     def __init__(
-        self, linears: Mapping[str, SubspaceLinear], weight_decay: float, carry_grams: bool = True, seed: int = 0
+        self,
+        linears: Mapping[str, SubspaceLinear],
+        weight_decay: float,
+        carry_grams: bool = True,
+        seed: int = 0,
+        turns: int = 1,
     ) -> None:
         self._linears = dict(linears)
         self._number = {name: index for index, name in enumerate(self._linears)}
         self._carry_grams, self._seed = carry_grams, seed
-        self._weight_decay = weight_decay
+        self._weight_decay, self._turns = weight_decay, turns
         self.seconds = 0.0  # that updates have taken so far
         self._carried: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
         self._basis: dict[str, Tensor] = {}
         self.orthonormalise()
 
+    def has_turn(self, name: str, step: int) -> bool:
+        """Whether the weight of `name` moves at this step, which counts from 1."""
+        return has_turn(self._number[name], len(self._number), step, self._turns)
+
     def update(self, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
-        """One step of linear `name` with P (O, r), which stays as it is. `step` counts from 1."""
+        """One step of linear `name` with P (O, r), which stays as it is. `step` counts from 1; the weight itself moves
+        where it `has_turn`."""
         began = time.perf_counter()
         self._update(name, projected, learning_rate, step)
         self.seconds += time.perf_counter() - began
@@ -69,7 +85,11 @@ class FactorUpdate:
         linear = self._linears[name]
         basis = linear.basis
         assert basis is not None
-        direction = polar_factor(self._add_to_momentum(name, projected, basis))
+        momentum = self._add_to_momentum(name, projected, basis)
+        if not self.has_turn(name, step):
+            return
+        learning_rate *= self._turns
+        direction = polar_factor(momentum)
         if isinstance(linear, AsiLinear):
             weight = linear.params["weight"]
             rate = learning_rate * float(torch.linalg.vector_norm(weight))
@@ -78,15 +98,17 @@ class FactorUpdate:
         assert isinstance(linear, WasiLinear)
         factors = self._wide_factors(name, linear)
         condition = update_weight(factors, direction, basis, learning_rate * factors.norm, self._weight_decay)
-        turn = self._number[name] * ORTHONORMALISE_EVERY // len(self._number)
-        if (step - turn) % ORTHONORMALISE_EVERY == 0 or not condition <= MAX_CONDITION:
+        first = self._number[name] * ORTHONORMALISE_EVERY // len(self._number)
+        if (step - first) % ORTHONORMALISE_EVERY < self._turns or not condition <= MAX_CONDITION:
             self._orthonormalise(name, linear, factors)
         self._put_back(linear, factors, name, step)
 
     def _add_to_momentum(self, name: str, projected: Tensor, basis: Tensor) -> Tensor:
         """M (O, r) in this step's basis, with P in it."""
         if name in self._momentum:
-            carried = momentum_to_new_basis(self._momentum[name], self._basis[name], basis)
+            carried = self._momentum[name]
+            if not torch.equal(self._basis[name], basis):
+                carried = momentum_to_new_basis(carried, self._basis[name], basis)
             torch.lerp(carried, projected, 1 - MOMENTUM, out=self._momentum[name])
         else:
             self._momentum[name] = projected * (1 - MOMENTUM)
@@ -152,6 +174,11 @@ class FactorUpdate:
         generator = torch.Generator().manual_seed(key & (2**63 - 1))
         stochastic_round(factors.left, linear.params["left"], generator)
         stochastic_round(factors.right, linear.params["right"], generator)
+
+
+def has_turn(number: int, linears: int, step: int, turns: int = TURNS) -> bool:
+    """Whether linear `number` of so many moves at `step`, from 1: the first layers at the first, others at the next."""
+    return number * turns // linears == (step - 1) % turns
 
 
 def _is_rounded(linear: WasiLinear) -> bool:
