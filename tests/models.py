@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,15 @@ def random_tensors(
             value = 0.1 * value
         tensors[name] = value
     return ranks, tensors
+
+
+def multiplied_out(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by name with L R in place of L and R, whose singular vectors may have either sign."""
+    found = dict(tensors)
+    for left in [name for name in found if name.endswith(".left")]:
+        linear = left.removesuffix("left")
+        found[linear + "product"] = found.pop(left) @ found.pop(linear + "right")
+    return found
 
 
 def random_vit(

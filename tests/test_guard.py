@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from models import TINY, random_tensors
+from models import TINY, multiplied_out, random_tensors
 
 from wasi_edge.keep import COMPACT
 from wasi_edge.models.vit import build_vit
@@ -103,7 +103,8 @@ def test_smaller_micro_batches_give_the_same_step_up_to_rounding_and_basis():
         step(whole, 8, number)
         step(parts, 4, number)
     apart = moved = 0.0
-    for name, value in whole.parameters().items():
-        apart += float((value - parts.parameters()[name]).square().sum())
-        moved += float((value - still.parameters()[name]).square().sum())
-    assert 0 < apart < 0.1 * moved
+    ours, theirs, before = (multiplied_out(trainer.parameters()) for trainer in (whole, parts, still))
+    for name, value in ours.items():
+        apart += float((value - theirs[name]).square().sum())
+        moved += float((value - before[name]).square().sum())
+    assert 0 < apart < 0.2 * moved

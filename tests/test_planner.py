@@ -206,7 +206,7 @@ def test_planned_items_cover_every_allocation_of_a_step_by_at_most_a_quarter(mic
     """Without the headroom; the weights were there before and the photos are smaller than a block's input."""
     choices = small_choices(micro_batch, again, bits, trained=trained)
     trainer = small_trainer(choices)
-    peak = peak_of_allocations(lambda: train(trainer, micro_batch, 2))  # from a cold start
+    peak = peak_of_allocations(lambda: train(trainer, micro_batch, 4))  # from a cold start, two turns
     items = training_items(workload(SMALL, 30, 28), choices)
     # the update works in memory lent by buffers, which the profiler sees as theirs
     lent = update_scratch_bytes(itertools.chain(*workload(SMALL, 30, 28).linears)) // 2

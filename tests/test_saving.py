@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import TINY, random_tensors, random_vit
+from models import TINY, multiplied_out, random_tensors, random_vit
 from reference import one_thread  # noqa: F401
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -277,14 +277,6 @@ def test_a_step_draws_nothing_from_any_global_generator():
     assert python_random.getstate() == before[2]
 
 
-def weights_multiplied_out(trainer: SubspaceTrainer) -> dict[str, Tensor]:
-    """The state with L R in place of L and R, whose singular vectors may have either sign."""
-    state = trainer.state()
-    for name in [name for name in state if name.endswith(".left")]:
-        state[name.removesuffix("left") + "product"] = state.pop(name) @ state.pop(name.removesuffix("left") + "right")
-    return state
-
-
 @pytest.mark.parametrize("rebuild", list(Rebuild)[1:])
 def test_rebuilding_changes_the_training_by_rounding_alone(rebuild):
     """To the bit it cannot be: a norm whose x_hat is kept rounds once more than torch's in one piece."""
@@ -293,7 +285,7 @@ def test_rebuilding_changes_the_training_by_rounding_alone(rebuild):
     for step in (1, 2, 3):
         train_step(kept, step, torch.float64)
         train_step(again, step, torch.float64)
-    expected, found = (weights_multiplied_out(trainer) for trainer in (kept, again))
+    expected, found = (multiplied_out(trainer.state()) for trainer in (kept, again))
     assert len(expected) > 40
     for name, value in found.items():
         if name.startswith(("parameter.", "token_weight.")):

@@ -21,6 +21,8 @@ ROUNDING_ROWS = 128
 UPDATE_MATRICES = 9
 # most photos that pass through the network together where nothing is trained
 EVALUATION_BATCH = 8
+# groups of linears, of which one moves its weights and chooses new bases at each step
+TURNS = 2
 # ranks are padded to a multiple of this while a network is in memory: kernels of matrix products waste time on the rest
 _RANK_MULTIPLE = 8
 # tokens together in attention, as far as whole photos allow: work enough for the cores, and what the kernels return
@@ -33,6 +35,11 @@ _SAMPLED_SHARE, _FEWEST_SAMPLED, _MOST_SAMPLED = 4, 256, 512
 def padded_rank(rank: int) -> int:
     """Of a weight in factors as it is held: a multiple of eight, with room for the bias as one more column."""
     return (rank // _RANK_MULTIPLE + 1) * _RANK_MULTIPLE
+
+
+def has_turn(number: int, linears: int, step: int, turns: int = TURNS) -> bool:
+    """Whether linear `number` of so many moves at `step`, from 1: the first layers at the first, others at the next."""
+    return number * turns // linears == (step - 1) % turns
 
 
 def attention_photos(tokens: int, ample: bool) -> int:

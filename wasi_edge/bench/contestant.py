@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from wasi_edge.bench.subject import CLASSES, Subject
+from wasi_edge.chunks import TURNS
 from wasi_edge.errors import UsageError
 from wasi_edge.method import Method
 from wasi_edge.planner.choices import Choices
-from wasi_edge.training.factor_update import ORTHONORMALISE_EVERY, TURNS
+from wasi_edge.training.factor_update import ORTHONORMALISE_EVERY
 from wasi_edge.training.methods import make_trainer
 from wasi_edge.training.trainer import Recipe, SubspaceTrainer, Trainer
 from wasi_edge.training.vanilla_trainer import VanillaTrainer

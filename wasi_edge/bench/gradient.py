@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wasi_edge.chunks import has_turn
 from wasi_edge.data.folder import scan_folder
 from wasi_edge.keep import EXACT, Keep
 from wasi_edge.layers.linear import SubspaceLinear
 from wasi_edge.layers.saving import Pass
 from wasi_edge.models.vit import VisionTransformer
 from wasi_edge.preprocess import Preprocessing, center_view, normalise, open_photo, shrink
-from wasi_edge.training.factor_update import has_turn
 from wasi_edge.training.head import Head, fit_head
 from wasi_edge.training.loss import cross_entropy
 

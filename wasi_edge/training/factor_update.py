@@ -26,15 +26,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from wasi_edge.chunks import ROUNDING_ROWS
+from wasi_edge.chunks import ROUNDING_ROWS, has_turn
 from wasi_edge.layers.linear import AsiLinear, SubspaceLinear, WasiLinear
 from wasi_edge.planner.memory import update_scratch_bytes
 from wasi_edge.subspace.factors import MAX_CONDITION, WeightFactors, make_orthonormal, weight_factors
 from wasi_edge.subspace.weight import momentum_to_new_basis, update_weight
 
 MOMENTUM = 0.9
-# steps from one move of a weight, and refresh of its basis, to the next in training
-TURNS = 2
 # singular values of M below this share of the largest are noise and are not blown up to one
 POLAR_FLOOR = 1e-3
 # steps; linears take turns, so that no step is much longer than another
@@ -174,11 +172,6 @@ class FactorUpdate:
         generator = torch.Generator().manual_seed(key & (2**63 - 1))
         stochastic_round(factors.left, linear.params["left"], generator)
         stochastic_round(factors.right, linear.params["right"], generator)
-
-
-def has_turn(number: int, linears: int, step: int, turns: int = TURNS) -> bool:
-    """Whether linear `number` of so many moves at `step`, from 1: the first layers at the first, others at the next."""
-    return number * turns // linears == (step - 1) % turns
 
 
 def _is_rounded(linear: WasiLinear) -> bool:

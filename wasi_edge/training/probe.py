@@ -238,9 +238,10 @@ def _train_block(
     """Seconds of forward and backward of one block for four photos, and of the update of its weights."""
     import torch
 
+    from wasi_edge.chunks import TURNS
     from wasi_edge.keep import COMPACT
     from wasi_edge.layers.saving import Pass
-    from wasi_edge.training.factor_update import TURNS, FactorUpdate
+    from wasi_edge.training.factor_update import FactorUpdate
 
     block, run = _random_block(geometry, ranks, kinds), Pass(refresh_basis=True)
     tokens = geometry.tokens(image_size)

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from wasi_edge.chunks import TURNS
 from wasi_edge.errors import WasiEdgeError
 from wasi_edge.keep import Keep
 from wasi_edge.layers.linear import SubspaceLinear
@@ -20,7 +21,7 @@ from wasi_edge.layers.saving import Pass
 from wasi_edge.memory.malloc import release_free_memory
 from wasi_edge.models.vit import VisionTransformer, artefact_name
 from wasi_edge.training.adam import Adam
-from wasi_edge.training.factor_update import TURNS, FactorUpdate
+from wasi_edge.training.factor_update import FactorUpdate
 from wasi_edge.training.head import Head
 from wasi_edge.training.loss import Loss, cross_entropy
 

@@ -1,0 +1,77 @@
+"""python -m benchmarks.accuracy STUDY [--data clothing,flowers] [--repeats 3] [--table]
+
+Runs what is missing of a study, one run after the other, and prints its table; stop and start it as you like.
+"""
+
+from __future__ import annotations
+
+import argparse
+from statistics import fmean as _mean
+
+from benchmarks.accuracy.datasets import load_photos, write_fixed_split
+from benchmarks.accuracy.studies import RECIPE_SETS, STUDIES
+from benchmarks.accuracy.study import Store, paired_difference
+from wasi_edge.bench.subject import find_subject
+from wasi_edge.memory.hardware import hardware, versions
+from wasi_edge.memory.malloc import settle_threads, tune_malloc
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=[*STUDIES, "splits"])
+    parser.add_argument("--data", default="", help="comma-separated; all of the study's if not given")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
+    given = parser.parse_args()
+    datasets = [name for name in given.data.split(",") if name]
+    if given.study == "splits":
+        for name in datasets or RECIPE_SETS:
+            per_class = RECIPE_SETS[name][1]
+            write_fixed_split(name, load_photos(name, find_subject("default", 28).preprocessing, per_class))
+        return
+    tune_malloc()
+    settle_threads()
+    machine = {key: value for key, value in hardware().items() if key in ("machine", "cpu", "cores", "board")}
+    store = Store(given.study, {**machine, **versions()})
+    jobs = list(STUDIES[given.study](datasets, given.repeats))
+    if not given.table:
+        store.run(jobs, lambda text: print(text, flush=True))
+    _print_table(store, list(dict.fromkeys((job.group, job.label) for job in jobs)))
+
+
+def _print_table(store: Store, rows: list[tuple[str, str]]) -> None:
+    reference: dict[str, dict[int, float]] = {}
+    if any("history" not in run for run in store.runs.values()):
+        _print_tests(store, rows)
+        return
+    print("data | variant | head val | best val | val loss | test | against the first | seconds")
+    for group, label in rows:
+        runs = store.of(group, label)
+        if not runs:
+            continue
+        test = {split: run["best"]["test"] for split, run in runs.items()}
+        value = {split: run["best"]["val"] for split, run in runs.items()}
+        first = reference.setdefault(group, test)
+        difference, interval, count = paired_difference(test, first)
+        first_head = _mean(run["history"][0]["val"] for run in runs.values())
+        last_loss = _mean(run["history"][-1]["val_loss"] for run in runs.values())
+        seconds = _mean(run["history"][-1]["seconds"] for run in runs.values())
+        print(
+            f"{group} | {label} | {first_head:.3f} | {_mean(value.values()):.3f} | {last_loss:.4f}"
+            f" | {_mean(test.values()):.4f} | {100 * difference:+.2f} +- {100 * interval:.2f} ({count}) | {seconds:.0f}"
+        )
+
+
+def _print_tests(store: Store, rows: list[tuple[str, str]]) -> None:
+    reference: dict[str, dict[int, float]] = {}
+    print("data | variant | test | against the first")
+    for group, label in rows:
+        test = {split: run["test"] for split, run in store.of(group, label).items()}
+        if test:
+            difference, interval, count = paired_difference(test, reference.setdefault(group, test))
+            against = f"{100 * difference:+.2f} +- {100 * interval:.2f} ({count})"
+            print(f"{group} | {label} | {_mean(test.values()):.4f} | {against}")
+
+
+if __name__ == "__main__":
+    main()

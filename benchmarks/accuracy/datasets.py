@@ -1,0 +1,126 @@
+"""The evaluation sets in memory, and who is in which part of them.
+
+Photos are shrunk once, as `finetune` shrinks them. A split is a list of photo names for each part: `fixed_split` is the
+one that defaults are chosen by, checked in under `splits/`; `random_split` is drawn from a seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from wasi_edge.preprocess import Preprocessing, center_view, normalise, open_photo, shrink
+
+ROOT = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+SPLITS = Path(__file__).parent / "splits"
+PARTS = ("train", "val", "test")
+_TILE = 32
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Shrunk photos uint8 (h, w, 3), their names and classes; stands in for the photo cache of a run."""
+
+    shrunk: list[np.ndarray]
+    names: list[str]
+    labels: Tensor
+    classes: list[str]
+    preprocessing: Preprocessing
+
+    def __len__(self) -> int:
+        return len(self.shrunk)
+
+    def read(self, i: int) -> np.ndarray:
+        """Photo i, as `PhotoCache.read`."""
+        return self.shrunk[i]
+
+    def inputs(self, indices: Sequence[int]) -> Tensor:
+        """Centre views, normalised: (n, 3, S, S)."""
+        views = np.stack([center_view(self.shrunk[i], self.preprocessing) for i in indices])
+        return torch.from_numpy(normalise(views, self.preprocessing))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices into `Photos`, by part."""
+
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+
+
+def load_photos(name: str, preprocessing: Preprocessing, per_class: int | None = None) -> Photos:
+    """All photos of `clothing`, `flowers`, `hymenoptera` or `cifar10`, or the first so many of each class.
+
+    Raises FileNotFoundError where the data is absent.
+    """
+    folder = ROOT / name
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is absent: these photos are not part of the project")
+    tiles = _mosaic_tiles(folder) if name == "cifar10" else _folder_photos(folder)
+    shrunk, names, labels = [], [], []
+    classes: list[str] = []
+    taken: dict[str, int] = {}
+    for label, photo, image in tiles:
+        if per_class is not None and taken.get(label, 0) >= per_class:
+            continue
+        taken[label] = taken.get(label, 0) + 1
+        if label not in classes:
+            classes.append(label)
+        opened = open_photo(image, preprocessing.resize_side) if isinstance(image, Path) else image
+        shrunk.append(shrink(opened, preprocessing))
+        names.append(photo)
+        labels.append(classes.index(label))
+    return Photos(shrunk, names, torch.tensor(labels), classes, preprocessing)
+
+
+def _folder_photos(folder: Path) -> Iterator[tuple[str, str, Path]]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    for path in paths:
+        yield path.parent.name, path.relative_to(folder).as_posix(), path
+
+
+def _mosaic_tiles(folder: Path) -> Iterator[tuple[str, str, Image.Image]]:
+    """Training tiles of every class; the test mosaics are other photos, and read by name `test/...`."""
+    for part in ("train", "test"):
+        for path in sorted((folder / part).glob("*.webp")):
+            mosaic = np.asarray(Image.open(path).convert("RGB"))
+            rows, columns = mosaic.shape[0] // _TILE, mosaic.shape[1] // _TILE
+            tiles = mosaic.reshape(rows, _TILE, columns, _TILE, 3).swapaxes(1, 2).reshape(-1, _TILE, _TILE, 3)
+            for number, tile in enumerate(tiles):
+                yield path.stem, f"{part}/{path.stem}/{number:04d}", Image.fromarray(tile)
+
+
+def random_split(photos: Photos, seed: int, shares: tuple[float, float, float] = (0.6, 0.2, 0.2)) -> Split:
+    """Of every class the same shares, in an order that `seed` alone decides."""
+    rng = np.random.default_rng(seed)
+    parts: list[list[int]] = [[], [], []]
+    bounds = np.cumsum((0.0, *shares))
+    for label in range(len(photos.classes)):
+        members = rng.permutation(np.flatnonzero(photos.labels.numpy() == label))
+        cuts = np.round(bounds * len(members)).astype(int)
+        for part, first, last in zip(parts, cuts[:-1], cuts[1:], strict=True):
+            part.extend(members[first:last].tolist())
+    return Split(*(np.array(sorted(part)) for part in parts))
+
+
+def fixed_split(name: str, photos: Photos) -> Split:
+    """The split of `splits/<name>.json`: lists of photo names; those of a smaller `photos` that are there."""
+    named = json.loads((SPLITS / f"{name}.json").read_text())
+    index = {photo: i for i, photo in enumerate(photos.names)}
+    return Split(*(np.array([index[photo] for photo in named[part] if photo in index]) for part in PARTS))
+
+
+def write_fixed_split(name: str, photos: Photos, seed: int = 0) -> None:
+    """Draw the split of `name` and check it in."""
+    split = random_split(photos, seed)
+    named = {part: [photos.names[i] for i in getattr(split, part)] for part in PARTS}
+    SPLITS.mkdir(exist_ok=True)
+    (SPLITS / f"{name}.json").write_text(json.dumps(named, indent=0) + "\n")

@@ -1,0 +1,182 @@
+"""One fine-tuning run in memory: the same loop, trainers and head as `finetune`, on a split of `datasets`.
+
+Test photos are looked at once for every model that validation calls the best so far; the last of them is the one that
+counts, so they choose nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.accuracy.datasets import Photos, Split
+from wasi_edge.bench.contestant import free_choices
+from wasi_edge.bench.subject import Subject
+from wasi_edge.data.augment import SCALE_RANGE, augment
+from wasi_edge.layers.saving import Pass
+from wasi_edge.method import Method
+from wasi_edge.models.vit import build_vit
+from wasi_edge.preprocess import normalise
+from wasi_edge.training import defaults, factor_update
+from wasi_edge.training.head import fit_head
+from wasi_edge.training.loop import Hooks, LoopSettings, Progress, train, validate
+from wasi_edge.training.methods import make_trainer
+from wasi_edge.training.photos import PhotoSet
+from wasi_edge.training.trainer import Recipe
+
+_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compared. None: the default of the method; rates are relative to `learning_rate`."""
+
+    method: str = "wasi"
+    epsilon: float | None = None
+    learning_rate: float | None = None
+    dense_rate: float | None = None
+    head_rate: float | None = None
+    epochs: int = 6
+    label_smoothing: float = defaults.LABEL_SMOOTHING
+    weight_decay: float = defaults.WEIGHT_DECAY
+    gradient_rank: int = defaults.GRADIENT_RANK
+    momentum: float = factor_update.MOMENTUM
+    smallest_crop: float = SCALE_RANGE[0]
+    batch: int = defaults.BATCH
+
+    @property
+    def recipe(self) -> Recipe:
+        """Rates of a step before the schedule."""
+        rate = defaults.learning_rate(self.method) if self.learning_rate is None else self.learning_rate
+        dense = defaults.DENSE_RATE[self.method] if self.dense_rate is None else self.dense_rate
+        head = defaults.HEAD_RATE[self.method] if self.head_rate is None else self.head_rate
+        return Recipe(rate, dense * rate, head * rate, self.weight_decay, defaults.CLIP_NORM, self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class _Part(PhotoSet):
+    """Photos of one part, in crops as small as a variant says."""
+
+    smallest_crop: float = SCALE_RANGE[0]
+
+    def augmented(self, positions: Any, seed: int, epoch: int) -> torch.Tensor:
+        size, scale = self.preprocessing.image_size, (self.smallest_crop, SCALE_RANGE[1])
+        chosen = [int(self.indices[p]) for p in positions]
+        views = [augment(self.cache.read(i), size, seed, epoch, i, scale) for i in chosen]
+        return torch.from_numpy(normalise(np.stack(views), self.preprocessing))
+
+
+class _Quiet:
+    """Events that nobody watches."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+def learn(subject: Subject, photos: Photos, split: Split, variant: Variant, seed: int) -> dict[str, Any]:
+    """Accuracies of the closed-form head and after every epoch, and the test accuracy of the best of them.
+
+    `seconds` of an epoch's entry: features, head and training up to its end, without validation.
+    """
+    torch.set_grad_enabled(False)
+    factor_update.MOMENTUM = variant.momentum
+    method = Method(variant.method)
+    choices = free_choices(variant.batch, subject.geometry.depth, variant.gradient_rank)
+    epsilon = (variant.epsilon or subject.own_epsilon) if method.has_factors else None
+    built = make_trainer(
+        method,
+        subject.geometry,
+        subject.ranks(epsilon),
+        subject.reader(epsilon),
+        subject.image_size,
+        len(photos.classes),
+        variant.recipe,
+        choices,
+        seed,
+    )
+    parts = {name: _part(photos, getattr(split, name), variant) for name in ("train", "val", "test")}
+    began = time.monotonic()
+    features = torch.cat([built.features(p).clone() for p in _inputs(parts["train"])])
+    built.set_head(fit_head(features, parts["train"].labels, len(photos.classes)))
+    head_seconds = time.monotonic() - began
+    progress = Progress()
+    first, head_test = validate(built, parts["val"]), validate(built, parts["test"])
+    best: dict[str, Any] = {"epoch": 0, "val": first.accuracy, "val_loss": first.loss, "test": head_test.accuracy}
+    progress.best_accuracy, progress.best_loss = first.accuracy or 0.0, first.loss or 0.0
+    tests: list[float] = [head_test.accuracy or 0.0]
+
+    def on_best() -> None:
+        tests.append(validate(built, parts["test"]).accuracy or 0.0)
+
+    history = [{"epoch": 0, "val": first.accuracy, "val_loss": first.loss, "seconds": round(head_seconds, 1)}]
+    times: list[float] = []
+    settings = LoopSettings(variant.epochs, variant.batch, variant.batch, seed, variant.epochs, None)
+    steps = -(-len(split.train) // variant.batch)
+
+    def on_step(at: Progress) -> None:
+        if at.epoch_step == 0 or at.epoch_step == steps:
+            times.append(at.train_seconds)
+
+    hooks = Hooks(lambda: 0.0, lambda: False, on_best, lambda: None, on_step, lambda: 0)
+    if method is not Method.HEAD:
+        train(built, parts["train"], parts["val"], settings, progress, _Quiet(), hooks)  # type: ignore[arg-type]
+    for entry, seconds in zip(progress.history, times, strict=True):
+        history.append(
+            {
+                "epoch": entry["epoch"],
+                "val": entry["val_accuracy"],
+                "val_loss": entry["val_loss"],
+                "train_loss": entry["train_loss"],
+                "seconds": round(head_seconds + seconds, 1),
+            }
+        )
+    if progress.best_epoch:
+        chosen = history[progress.best_epoch]
+        best = {"epoch": progress.best_epoch, "val": chosen["val"], "val_loss": chosen["val_loss"], "test": tests[-1]}
+    return {
+        "variant": dataclasses.asdict(variant),
+        "seed": seed,
+        "head_test": tests[0],
+        "best": best,
+        "history": history,
+    }
+
+
+def photo_features(subject: Subject, photos: Photos) -> torch.Tensor:
+    """What the closed-form head sees of every photo, (n, F): of a model in its stored factors, or of a dense one."""
+    torch.set_grad_enabled(False)
+    ranks, read = subject.ranks(subject.own_epsilon), subject.reader(subject.own_epsilon)
+    network = build_vit(subject.geometry, ranks, read, subject.image_size)
+    parts = [range(first, min(first + _AT_ONCE, len(photos))) for first in range(0, len(photos), _AT_ONCE)]
+    return torch.cat([network.features(photos.inputs(part), Pass())[0].clone() for part in parts])
+
+
+def head_accuracy(features: torch.Tensor, photos: Photos, train: np.ndarray, test: np.ndarray) -> float:
+    """Accuracy on `test` of the head fitted on `train`."""
+    seen, unseen = torch.from_numpy(train), torch.from_numpy(test)
+    head = fit_head(features[seen], photos.labels[seen], len(photos.classes))
+    logits = features[unseen] @ head.weight.t() + head.bias
+    return float((logits.argmax(1) == photos.labels[unseen]).float().mean())
+
+
+def _part(photos: Photos, indices: np.ndarray, variant: Variant) -> _Part:
+    labels, cache = photos.labels[torch.from_numpy(indices)], photos
+    return _Part(
+        cache,  # type: ignore[arg-type]
+        indices,
+        labels,
+        torch.ones(len(indices)),
+        photos.preprocessing,
+        _AT_ONCE,
+        variant.smallest_crop,
+    )
+
+
+def _inputs(part: _Part) -> Any:
+    for first in range(0, len(part), _AT_ONCE):
+        yield part.inputs(range(first, min(first + _AT_ONCE, len(part))))

@@ -1,0 +1,80 @@
+"""Runs of a study: each is done once, written down at once, and skipped when the study is started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. `group` and `label` name the row it belongs to, `split` the repetition: paired across labels."""
+
+    group: str
+    label: str
+    split: int
+    work: Callable[[], dict[str, Any]]
+
+    @property
+    def key(self) -> str:
+        """Under which its result is kept."""
+        return f"{self.group} | {self.label} | {self.split}"
+
+
+class Store:
+    """Results of a study in `results/<name>.json`, with the machine they came from."""
+
+    def __init__(self, name: str, machine: dict[str, Any], folder: Path = RESULTS) -> None:
+        self._path, self._machine = folder / f"{name}.json", machine
+        held = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self.runs: dict[str, dict[str, Any]] = held.get("runs", {})
+
+    def run(self, jobs: Iterable[Job], say: Callable[[str], None] = print) -> None:
+        """Do what is not there yet, in the order given."""
+        for job in jobs:
+            if job.key not in self.runs:
+                self.runs[job.key] = job.work()
+                self._write()
+                say(f"{job.key}: {_in_short(self.runs[job.key])}")
+
+    def of(self, group: str, label: str) -> dict[int, dict[str, Any]]:
+        """Results of a row by split."""
+        found = {}
+        for key, result in self.runs.items():
+            in_group, in_label, split = key.split(" | ")
+            if (in_group, in_label) == (group, label):
+                found[int(split)] = result
+        return found
+
+    def _write(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self._path.with_suffix(".new")
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in self.runs.items())
+        fresh.write_text(f'{{"machine": {json.dumps(self._machine)},\n"runs": {{\n{lines}\n}}}}\n')
+        os.replace(fresh, self._path)
+
+
+def _in_short(result: dict[str, Any]) -> str:
+    if "history" not in result:
+        return ", ".join(f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, float))
+    accuracies = " ".join(f"{entry['val']:.3f}/{entry['val_loss']:.3f}" for entry in result["history"])
+    return f"{accuracies}; test {result['best']['test']:.3f}, {result['history'][-1]['seconds']:.0f} s"
+
+
+def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, int]:
+    """Mean of ours - theirs over the splits both have, half of its 95 % interval (Student), and how many they are."""
+    both = sorted(ours.keys() & theirs.keys())
+    differences = [ours[split] - theirs[split] for split in both]
+    if len(differences) < 2:
+        return (differences or [float("nan")])[0], float("nan"), len(differences)
+    # two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom
+    quantiles = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+    quantile = quantiles[min(len(differences) - 2, len(quantiles) - 1)]
+    return statistics.fmean(differences), quantile * statistics.stdev(differences) / len(differences) ** 0.5, len(both)
