@@ -151,7 +151,7 @@ def photo_features(subject: Subject, photos: Photos) -> torch.Tensor:
     """What the closed-form head sees of every photo, (n, F): of a model in its stored factors, or of a dense one."""
     torch.set_grad_enabled(False)
     ranks, read = subject.ranks(subject.own_epsilon), subject.reader(subject.own_epsilon)
-    network = build_vit(subject.geometry, ranks, read, subject.image_size)
+    network = build_vit(subject.geometry, ranks, read, subject.image_size, head=False)
     parts = [range(first, min(first + _AT_ONCE, len(photos))) for first in range(0, len(photos), _AT_ONCE)]
     return torch.cat([network.features(photos.inputs(part), Pass())[0].clone() for part in parts])
 

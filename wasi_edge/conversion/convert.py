@@ -1,13 +1,12 @@
 """A dense checkpoint into factors, block by block.
 
 Without photos every linear is truncated by plain SVD at the rank where `epsilon` of its squared singular values is
-kept. With calibration photos the ranks are the same (epsilon fixes what is stored), but the factors are those that
-keep the layer's *outputs*, and the bias takes up what the truncation would shift (`factorise.py`).
+kept. With calibration photos epsilon fixes how many parameters are stored, and the photos decide the rest: which
+linear gets how many of them (`allocate.py`), and the factors and bias that bring the network's tokens closest to the
+dense network's (`walk.py`, `regression.py`).
 
-The calibration photos' tokens walk through the network one block at a time: a block is read, run dense while the
-second moments of the inputs of its four linears are summed, factored, and run once more in factors, so that the next
-block is calibrated on what it will really see. In memory are one dense block, four moments and the tokens of all
-calibration photos in float16; written factors leave at once.
+In memory are one dense block, its factors, the moments of one linear and the tokens of all calibration photos in
+float16, twice; written factors leave at once.
 """
 
 from __future__ import annotations
@@ -15,32 +14,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from wasi_edge.artefact import ModelConfig, write_artefact
-from wasi_edge.chunks import CONVERSION_PHOTOS, WIDE_INPUT
-from wasi_edge.conversion.factorise import Moments, bias_correction, factorise, singular_values
+from wasi_edge.conversion.allocate import allocate_ranks
+from wasi_edge.conversion.factorise import factorise, singular_values
 from wasi_edge.conversion.sources import DenseSource
-from wasi_edge.layers.linear import DenseLinear
-from wasi_edge.layers.saving import Pass
-from wasi_edge.models.vit import build_block, build_stem
-from wasi_edge.preprocess import normalise
+from wasi_edge.conversion.walk import LINEARS, Calibration, Walk
+from wasi_edge.models.geometry import ViTGeometry
 from wasi_edge.subspace.ranks import break_even_rank, rank_for_explained_variance
 
-LINEARS = ("qkv", "proj", "fc1", "fc2")
 OnProgress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """`count` photos; `read(i)` gives photo i as uint8 (S, S, 3) at the size of the preprocessing."""
-
-    count: int
-    read: Callable[[int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -97,13 +84,25 @@ def convert(
 
     Raises ConversionError or ArtefactError for damaged sources; nothing is left at `out` then.
     """
-    geometry = source.geometry
+    geometry, read = source.geometry, _torch_reader(source)
     ranks = choose_ranks(source, settings)
+    preprocessing = source.preprocessing.with_image_size(settings.image_size)
+    walk, blocks, done = None, geometry.depth, 0
+
+    def on_block() -> None:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress(done, blocks)
+
+    if calibration is not None:
+        walk, blocks = Walk(geometry, read, calibration, preprocessing), 2 * geometry.depth
+        ranks = _spread(ranks, walk, geometry, on_block)
     config = ModelConfig(
         name=source.name,
         geometry=geometry,
         linears=ranks,
-        preprocessing=source.preprocessing.with_image_size(settings.image_size),
+        preprocessing=preprocessing,
         epsilon=settings.epsilon,
         dtype=settings.dtype,
         id2label=source.id2label,
@@ -114,106 +113,51 @@ def convert(
         },
     )
     stored = np.float16 if settings.dtype == "float16" else np.float32
-    read = _torch_reader(source)
-    walk = None if calibration is None else _Walk(source, config, calibration)
+    rounded = torch.float16 if stored is np.float16 else torch.float32
+    shapes = config.tensor_shapes()
     with write_artefact(out, config) as writer:
-        for name in config.tensor_shapes():
+        for name in shapes:
             if not name.startswith("blocks."):
                 writer.add(name, source.read(name).astype(stored))
         for index in range(geometry.depth):
-            tensors = _factored_block(geometry.tensor_shapes(ranks, None), index, ranks, read, walk)
-            for name, tensor in tensors.items():
-                writer.add(name, tensor.numpy().astype(stored))
-            if walk is not None:
-                # the next block is calibrated on what rounding leaves of this one
-                walk.advance(index, ranks, {n: t.to(_torch_dtype(stored)).float() for n, t in tensors.items()})
+            tensors = _truncated_block(index, ranks, read) if walk is None else walk.factored(index, ranks, rounded)
+            for name in shapes:
+                if name.startswith(f"blocks.{index}."):
+                    tensor = tensors.pop(name) if name in tensors else read(name)
+                    writer.add(name, tensor.numpy().astype(stored))
             del tensors  # before the next block is read
-            if on_progress is not None:
-                on_progress(index + 1, geometry.depth)
+            on_block()
     return config
 
 
-def _factored_block(
-    shapes: dict[str, tuple[int, ...]],
-    index: int,
-    ranks: dict[str, int | None],
-    read: Callable[[str], Tensor],
-    walk: _Walk | None,
-) -> dict[str, Tensor]:
-    """All tensors of block `index`, factored as `ranks` says."""
-    prefix = f"blocks.{index}."
-    moments = {} if walk is None else walk.moments(index)
+def _truncated_block(index: int, ranks: dict[str, int | None], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """The linears of block `index` by plain SVD."""
     tensors: dict[str, Tensor] = {}
     for linear in LINEARS:
-        name = prefix + linear
-        rank, weight, bias = ranks[name], read(f"{name}.weight"), read(f"{name}.bias")
+        name = f"blocks.{index}.{linear}"
+        rank, weight = ranks[name], read(f"{name}.weight")
         if rank is None:
             tensors[f"{name}.weight"] = weight
         else:
-            moment = moments.pop(linear, None)
-            mean = None if moment is None else moment.mean()
-            left, right = factorise(weight, rank, None if moment is None else moment.covariance(consume=True))
-            if mean is not None:
-                bias = bias + bias_correction(weight, left, right, mean)
-            tensors[f"{name}.left"], tensors[f"{name}.right"] = left, right
-        tensors[f"{name}.bias"] = bias
-    for name in shapes:
-        if name.startswith(prefix) and name not in tensors:
-            tensors[name] = read(name)
+            tensors[f"{name}.left"], tensors[f"{name}.right"] = factorise(weight, rank)
+        tensors[f"{name}.bias"] = read(f"{name}.bias")
     return tensors
 
 
-class _ObservedLinear(DenseLinear):
-    """A dense linear that adds its inputs to `moments`."""
-
-    moments: Moments
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        self.moments.add(x)
-        return super().forward(x, *args, **kwargs)
-
-
-class _Walk:
-    """The calibration photos' tokens (n, N, D) on their way through the network."""
-
-    def __init__(self, source: DenseSource, config: ModelConfig, calibration: Calibration) -> None:
-        self.geometry = source.geometry
-        self._read = _torch_reader(source)
-        self._run = Pass()
-        stem = build_stem(source.geometry, self._read, config.preprocessing.image_size)
-        states = []
-        for first in range(0, calibration.count, CONVERSION_PHOTOS):
-            chosen = range(first, min(first + CONVERSION_PHOTOS, calibration.count))
-            batch = np.stack([calibration.read(photo) for photo in chosen])
-            pixels = torch.from_numpy(normalise(batch, config.preprocessing))
-            states.append(stem.forward(pixels, self._run)[0].half())
-        self._tokens = torch.cat(states)
-
-    def moments(self, index: int) -> dict[str, Moments]:
-        """Moments of the inputs of the four linears of block `index`, run dense."""
-        dense: dict[str, int | None] = {f"blocks.{index}.{linear}": None for linear in LINEARS}
-        block = build_block(self.geometry, index, dense, self._read)
-        observed: dict[str, Moments] = {}
-        for linear in LINEARS:
-            layer = getattr(block, linear)
-            layer.__class__ = _ObservedLinear
-            width = layer.shape[1]
-            layer.moments = observed[linear] = Moments(width, torch.float32 if width > WIDE_INPUT else torch.float64)
-        for chunk in self._tokens.split(CONVERSION_PHOTOS):
-            block.forward(chunk.float(), self._run, None)
-        self._run.workspace.clear()  # factoring needs the room
-        return observed
-
-    def advance(self, index: int, ranks: dict[str, int | None], tensors: dict[str, Tensor]) -> None:
-        """Replace the tokens by what block `index`, with these tensors, makes of them."""
-        block = build_block(self.geometry, index, ranks, tensors.__getitem__)
-        for chunk in self._tokens.split(CONVERSION_PHOTOS):
-            chunk.copy_(block.forward(chunk.float(), self._run, None)[0])
+def _spread(
+    ranks: dict[str, int | None], walk: Walk, geometry: ViTGeometry, on_block: Callable[[], None]
+) -> dict[str, int | None]:
+    """Other ranks for the same number of parameters: those that keep most of what the photos make of the layers.
+    Linears that stay dense stay so."""
+    shapes = geometry.linear_shapes()
+    factored = {name: rank for name, rank in ranks.items() if rank is not None}
+    spectra: dict[str, np.ndarray] = {}
+    for index in range(geometry.depth):
+        spectra |= {name: found for name, found in walk.spectra(index).items() if name in factored}
+        on_block()
+    walk.start_again()
+    return {**ranks, **allocate_ranks(spectra, shapes, sum(rank * sum(shapes[n]) for n, rank in factored.items()))}
 
 
 def _torch_reader(source: DenseSource) -> Callable[[str], Tensor]:
     return lambda name: torch.from_numpy(source.read(name))
-
-
-def _torch_dtype(stored: type) -> torch.dtype:
-    return torch.float16 if stored is np.float16 else torch.float32

@@ -135,6 +135,20 @@ def factorise(weight: Tensor, rank: int, covariance: Tensor | None = None) -> Fa
     return Factors(pair.left.to(dtype), pair.right.to(dtype))
 
 
+def squared_singular_values(weight: Tensor, covariance: Tensor) -> Tensor:
+    """s^2 of W C^{1/2}, (min(O, I),) float64, descending: what each rank is worth in the variance of the output.
+
+    W (O, I), C (I, I). Raises ValueError for NaN.
+    """
+    wide = weight.double()
+    if wide.shape[0] <= wide.shape[1]:
+        gram = _outer_moment(wide, covariance)
+    else:
+        weighted = wide @ _square_root(_regularised(covariance))
+        gram = weighted.T @ weighted
+    return torch.linalg.eigvalsh((gram + gram.T) / 2).clamp_min(0).flip(0)
+
+
 def bias_correction(weight: Tensor, left: Tensor, right: Tensor, mean: Tensor) -> Tensor:
     """(W - L R) E[x], (O,) in left's dtype: what to add to the bias so that the mean output stays.
 
