@@ -97,3 +97,24 @@ def dense_reconstruction(x: Tensor, factors: tuple[Tensor | None, ...]) -> Tenso
 
 def dense_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+
+def dense_regression(
+    x: Tensor, y: Tensor, weight: Tensor, rank: int, shrinkage: float, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The map (O, I) of rank K and the bias (O,) of `s * (x W^T + b)` nearest to y, shrunk towards W, by definition.
+
+    The map B that minimises sum |y - B x|^2 + rho |B - s W|^2 (centred, rho the mean variance times `shrinkage`), then
+    its truncation in the metric of the inputs.
+    """
+    scale = torch.ones(len(weight), dtype=x.dtype) if scale is None else scale
+    inputs, outputs = x - x.mean(0), y - y.mean(0)
+    covariance = inputs.T @ inputs / len(x)
+    rho = shrinkage * float(covariance.diagonal().mean())
+    damped = covariance + rho * torch.eye(x.shape[1], dtype=x.dtype)
+    free = (outputs.T @ inputs / len(x) + rho * scale[:, None] * weight) @ torch.linalg.inv(damped)
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+    left, singular, right = torch.linalg.svd(free @ root, full_matrices=False)
+    low = (left[:, :rank] * singular[:rank]) @ right[:rank] @ torch.linalg.pinv(root)
+    return low / scale[:, None], (y.mean(0) - low @ x.mean(0)) / scale

@@ -9,10 +9,10 @@ from torch import Tensor
 from wasi_edge.conversion import factorise as module
 from wasi_edge.conversion.factorise import (
     Moments,
-    bias_correction,
     factorise,
     rank_at,
     singular_values,
+    squared_singular_values,
 )
 
 SHAPES = [(24, 24), (30, 14), (14, 30)]
@@ -76,8 +76,8 @@ def test_error_on_the_data_itself_is_no_worse_than_plain_svd(shape):
     errors = {}
     for name, covariance in (("plain", None), ("aware", moments.covariance())):
         left, right = factorise(weight, 6, covariance)
-        bias = bias_correction(weight, left, right, moments.mean())
-        errors[name] = float((x @ weight.T - (x @ right.T @ left.T + bias)).norm())
+        shift = (weight - left @ right) @ moments.mean()
+        errors[name] = float((x @ weight.T - (x @ right.T @ left.T + shift)).norm())
     assert errors["aware"] < 0.9 * errors["plain"]
 
 
@@ -92,8 +92,7 @@ def test_fewer_tokens_than_channels(shape, tokens):
     rank = 12
     left, right = factorise(weight, rank, covariance)
     torch.testing.assert_close(left.T @ left, torch.eye(rank, dtype=torch.float64))
-    bias = bias_correction(weight, left, right, moments.mean())
-    actual = x @ right.T @ left.T + bias
+    actual = x @ right.T @ left.T + (weight - left @ right) @ moments.mean()
     torch.testing.assert_close(actual, x @ weight.T, rtol=1e-4, atol=1e-4 * float((x @ weight.T).abs().max()))
     # At most tokens - 1 directions are spoken for; the others catch the most of W that they can.
     tail = float(torch.linalg.svdvals(weight)[rank - tokens + 1 :].norm())
@@ -157,19 +156,16 @@ def test_sixteen_bit_weights_give_float32_factors():
     torch.testing.assert_close(left @ right, weight.float(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bias_correction_makes_the_mean_output_exact(dtype):
-    x = inputs(300, 30)
-    weight = decaying(700, 30, ratio=20).to(dtype)  # several chunks of rows
-    moments = moments_of(x)
-    left, right = factorise(weight, 7, moments.covariance())
-    bias = bias_correction(weight, left, right, moments.mean())
-    assert bias.dtype == dtype and bias.shape == (700,)
-    wide = [t.double() for t in (weight, left, right, bias)]
-    actual = (x @ wide[2].T @ wide[1].T + wide[3]).mean(0)
-    expected = (x @ wide[0].T).mean(0)
-    tolerance = 20 * torch.finfo(dtype).eps * float(expected.abs().max())
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_squared_singular_values_are_those_of_the_weighted_matrix(shape):
+    weight = decaying(*shape, ratio=100)
+    covariance = moments_of(inputs(500, shape[1])).covariance()
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+    expected = torch.linalg.svdvals(weight @ root).square()
+    found = squared_singular_values(weight, covariance)
+    assert found.shape == (min(shape),)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * float(expected[0]))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])

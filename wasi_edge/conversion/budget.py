@@ -1,11 +1,11 @@
 """What a conversion holds in memory, and how many calibration photos a budget allows. No torch.
 
-    peak = base + blocks + moments + max(factorisation, buffers of a pass) + tokens of the calibration photos
+    peak = base + blocks + max(spectra, regression, buffers of a pass) + tokens of the calibration photos
 
-The terms follow `convert.py`: the dense block and its factors, one moment matrix for each linear's input, float64
-copies while the largest linear is factored, the buffers of a pass over eight photos (given back before factoring), and
-the tokens in float16 (twice for a moment, when they are joined). Measured beside it: ViT-B/16 with 236 photos at 224 px
-442 MB for 512 estimated. The base is that of before the library pages left, and generous.
+The terms follow `convert.py` and `walk.py`: the dense block and its factors; the moments of all its linears and float64
+copies while the largest is taken apart; of one linear, its covariance three times (itself, damped, and factorised) and
+as many matrices of the weight's size; the buffers of both networks over eight photos; two streams of tokens in float16.
+The base is that of before the library pages left, and generous.
 """
 
 from __future__ import annotations
@@ -55,16 +55,19 @@ def conversion_bytes(geometry: ViTGeometry, image_size: int, photos: int, base_b
     fixed = base_bytes + SLACK_BYTES + 2 * block
     if photos == 0:
         return fixed + factorisation
-    moments = sum(columns**2 * (4 if columns > WIDE_INPUT else 8) for _, columns in shapes)
+    sizes = [(rows, columns, 4 if columns > WIDE_INPUT else 8) for rows, columns in shapes]
+    spectra = sum(columns**2 * size for _, columns, size in sizes) + factorisation
+    regression = max(3 * size * (columns**2 + rows * columns) for rows, columns, size in sizes)
+    regression = max(regression, max(size * columns**2 for _, columns, size in sizes) + factorisation)
     tokens = geometry.tokens(image_size)
-    chunk = 4 * min(photos, CONVERSION_PHOTOS) * tokens * (12 * width + 2 * hidden)
-    held = 2 * photos * tokens * width
+    chunk = 2 * 4 * min(photos, CONVERSION_PHOTOS) * tokens * (12 * width + 2 * hidden)
+    moments = max(size * (columns**2 + rows * columns) for rows, columns, size in sizes)
+    held = 2 * 2 * photos * tokens * width
     reading = base_bytes + SLACK_BYTES + held + DECODE_BYTES
-    joining = base_bytes + SLACK_BYTES + 2 * held + chunk
-    return max(fixed + moments + max(factorisation, chunk) + held, joining, reading)
+    return max(fixed + max(spectra, regression, moments + chunk) + held, reading)
 
 
 def decode_allowance(geometry: ViTGeometry, image_size: int, photos: int, budget_bytes: int) -> int:
     """Bytes that decoding one calibration photo may take: photos are read before any block is."""
-    tokens = 2 * photos * geometry.tokens(image_size) * geometry.width
+    tokens = 2 * 2 * photos * geometry.tokens(image_size) * geometry.width
     return budget_bytes - BASE_BYTES - SLACK_BYTES - tokens

@@ -95,7 +95,7 @@ def convert(
         if on_progress is not None:
             on_progress(done, blocks)
 
-    if calibration is not None:
+    if calibration is not None and any(ranks.values()):
         walk, blocks = Walk(geometry, read, calibration, preprocessing), 2 * geometry.depth
         ranks = _spread(ranks, walk, geometry, on_block)
     config = ModelConfig(

@@ -1,13 +1,11 @@
-"""A dense weight into factors: how many, which ones, and what the truncation does to the bias.
+"""A dense weight into factors: how many, and which ones.
 
 Plain truncated SVD keeps what is large in W. What matters is what is large in W x: with the inputs'
 covariance C, the factors made here minimise
 
     || (W - L R) C^{1/2} ||_F ,   so L = the K leading left singular vectors of W C^{1/2}, R = L^T W.
 
-C is centred, and the part of the output that the truncation would shift, (W - L R) E[x], goes into the
-bias. On a real ViT-S/14 at 0.64 of the block weights this is the difference between a closed-form head
-of 0.54 and 0.79 (DESIGN.md, section 5).
+C is centred: what the truncation shifts is for the bias to take up (`regression.py`).
 
 How: singular vectors come from a float64 eigendecomposition of the *smaller* Gram matrix, W C W^T
 (O, O) where O <= I, else C^{1/2} W^T W C^{1/2} (I, I). Squaring costs half the digits, which float64 has
@@ -147,21 +145,6 @@ def squared_singular_values(weight: Tensor, covariance: Tensor) -> Tensor:
         weighted = wide @ _square_root(_regularised(covariance))
         gram = weighted.T @ weighted
     return torch.linalg.eigvalsh((gram + gram.T) / 2).clamp_min(0).flip(0)
-
-
-def bias_correction(weight: Tensor, left: Tensor, right: Tensor, mean: Tensor) -> Tensor:
-    """(W - L R) E[x], (O,) in left's dtype: what to add to the bias so that the mean output stays.
-
-    W (O, I), L (O, K), R (K, I), E[x] (I,). Summed in float64, a few hundred rows of W at a time, so
-    that no second matrix of W's size exists.
-    """
-    center = mean.double()
-    hidden = torch.cat([rows.double() @ center for rows in right.split(CHUNK_ROWS)])  # (K,)
-    parts = [
-        rows.double() @ center - left_rows.double() @ hidden
-        for rows, left_rows in zip(weight.split(CHUNK_ROWS), left.split(CHUNK_ROWS), strict=True)
-    ]
-    return torch.cat(parts).to(left.dtype)
 
 
 def singular_values(weight: Tensor) -> Tensor:

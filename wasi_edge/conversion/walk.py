@@ -8,6 +8,7 @@ with the dense layer's own. Everything between is worked out again from the stre
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -88,7 +89,8 @@ class Walk:
     def factored(self, index: int, ranks: Mapping[str, int | None], rounded: torch.dtype) -> dict[str, Tensor]:
         """left, right (or weight) and bias of the linears of block `index`; what follows is calibrated on what
         `rounded` leaves of them."""
-        dense, ours = self._dense_block(index), self._dense_block(index)
+        dense = self._dense_block(index)
+        ours = copy.copy(dense)  # its linears give way to factors one by one
         tensors: dict[str, Tensor] = {}
         for stage in LINEARS:
             name, layer = f"{dense.name}.{stage}", getattr(dense, stage)

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -300,3 +300,8 @@ def _notes(request: FinetuneRequest, model: ModelChoice, labels: tuple[str, ...]
 def with_plan(prepared: Prepared, plan: Plan) -> Prepared:
     """The same run under another plan (that of the checkpoint it resumes from)."""
     return dataclasses.replace(prepared, plan=plan)
+
+
+def with_ranks(prepared: Prepared, ranks: Mapping[str, int | None]) -> Prepared:
+    """The same run with the ranks that its conversion chose: as many parameters as planned, elsewhere."""
+    return dataclasses.replace(prepared, all_ranks={name: ranks[name] for name in prepared.all_ranks})

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wasi_edge.artefact import read_config
 from wasi_edge.chunks import EVALUATION_BATCH
 from wasi_edge.data.augment import class_weights
 from wasi_edge.data.cache import PhotoCache
@@ -31,7 +32,7 @@ from wasi_edge.training.guard import MemoryGuard
 from wasi_edge.training.head import FeatureStatistics, Head, fit_head
 from wasi_edge.training.loop import Hooks, LoopSettings, Progress, Validation, note_epoch, train, validate
 from wasi_edge.training.photos import PhotoSet
-from wasi_edge.training.prepare import Prepared
+from wasi_edge.training.prepare import Prepared, with_ranks
 from wasi_edge.training.report_keys import base_report
 from wasi_edge.training.request import Events
 from wasi_edge.training.signals import StopSignals
@@ -251,6 +252,8 @@ class Session:
         self._model_folder = self._work_folder / "model"
         if not (self._model_folder / "config.json").exists():
             setup.convert_for(self._prepared, self._photos, self._model_folder, self._events)
+        self._prepared = with_ranks(self._prepared, read_config(self._model_folder).linears)
+        self._config = setup.artefact_config(self._prepared, self._training_record())
 
     def _cache_frozen_blocks(self) -> None:
         """From here on the photos are what the frozen blocks make of them."""

@@ -34,7 +34,7 @@ def convert_for(prepared: Prepared, photos: PhotoSet, out: Path, events: Events)
     chosen = spread(len(photos), calibration_photos(geometry, size, len(photos), budget_bytes, base_bytes))
     assert prepared.model.convert_epsilon is not None
     settings = Settings(prepared.model.convert_epsilon, "float32", size, always_factor=True)
-    events.stage("factoring", geometry.depth)
+    events.stage("factoring", 2 * geometry.depth)  # all blocks are measured before the first is factored
     with open_source(prepared.model.folder) as source:
         convert(
             source,
