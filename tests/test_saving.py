@@ -286,7 +286,7 @@ def test_rebuilding_changes_the_training_by_rounding_alone(rebuild):
         train_step(kept, step, torch.float64)
         train_step(again, step, torch.float64)
     expected, found = (multiplied_out(trainer.state()) for trainer in (kept, again))
-    assert len(expected) > 40
+    assert len(kept.state()) > 50
     for name, value in found.items():
         if name.startswith(("parameter.", "token_weight.")):
             difference = float((value - expected[name]).norm())

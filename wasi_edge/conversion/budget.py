@@ -57,11 +57,10 @@ def conversion_bytes(geometry: ViTGeometry, image_size: int, photos: int, base_b
         return fixed + factorisation
     sizes = [(rows, columns, 4 if columns > WIDE_INPUT else 8) for rows, columns in shapes]
     spectra = sum(columns**2 * size for _, columns, size in sizes) + factorisation
-    regression = max(3 * size * (columns**2 + rows * columns) for rows, columns, size in sizes)
-    regression = max(regression, max(size * columns**2 for _, columns, size in sizes) + factorisation)
+    moments = max(size * (columns**2 + rows * columns) for rows, columns, size in sizes)
+    regression = max(3 * moments, max(size * columns**2 for _, columns, size in sizes) + factorisation)
     tokens = geometry.tokens(image_size)
     chunk = 2 * 4 * min(photos, CONVERSION_PHOTOS) * tokens * (12 * width + 2 * hidden)
-    moments = max(size * (columns**2 + rows * columns) for rows, columns, size in sizes)
     held = 2 * 2 * photos * tokens * width
     reading = base_bytes + SLACK_BYTES + held + DECODE_BYTES
     return max(fixed + max(spectra, regression, moments + chunk) + held, reading)

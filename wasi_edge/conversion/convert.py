@@ -5,8 +5,8 @@ kept. With calibration photos epsilon fixes how many parameters are stored, and 
 linear gets how many of them (`allocate.py`), and the factors and bias that bring the network's tokens closest to the
 dense network's (`walk.py`, `regression.py`).
 
-In memory are one dense block, its factors, the moments of one linear and the tokens of all calibration photos in
-float16, twice; written factors leave at once.
+In memory are one dense block, its factors, the moments of its linears (all four while the ranks are chosen, then one at
+a time) and the tokens of all calibration photos in float16, twice; written factors leave at once.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ with the dense layer's own. Everything between is worked out again from the stre
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,12 +91,13 @@ class Walk:
         `rounded` leaves of them."""
         dense = self._dense_block(index)
         ours = copy.copy(dense)  # its linears give way to factors one by one
+        streams = [stream.split(CONVERSION_PHOTOS) for stream in (self._dense, self._factored)]
         tensors: dict[str, Tensor] = {}
         for stage in LINEARS:
             name, layer = f"{dense.name}.{stage}", getattr(dense, stage)
             rank = ranks[name]
             moments = None if rank is None else JointMoments(layer.shape[1], layer.shape[0], _precision(layer.shape[1]))
-            for wanted, chunk in zip(*self._chunks(), strict=True):
+            for wanted, chunk in zip(*streams, strict=True):
                 x, y = _PAIRS[stage](_Stages(dense, wanted, self._run), _Stages(ours, chunk, self._run))
                 if moments is not None:
                     moments.add_pairs(x, y)
@@ -117,9 +118,6 @@ class Walk:
 
     def _dense_block(self, index: int) -> Block:
         return build_block(self._geometry, index, {f"blocks.{index}.{linear}": None for linear in LINEARS}, self._read)
-
-    def _chunks(self) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
-        return iter(self._dense.split(CONVERSION_PHOTOS)), iter(self._factored.split(CONVERSION_PHOTOS))
 
 
 class _Stages:
