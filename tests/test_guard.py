@@ -107,4 +107,4 @@ def test_smaller_micro_batches_give_the_same_step_up_to_rounding_and_basis():
     for name, value in ours.items():
         apart += float((value - theirs[name]).square().sum())
         moved += float((value - before[name]).square().sum())
-    assert 0 < apart < 0.2 * moved
+    assert 0 < apart < 0.15 * moved
