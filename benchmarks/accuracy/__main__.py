@@ -10,9 +10,8 @@ from statistics import fmean as _mean
 
 from benchmarks.accuracy.datasets import load_photos, write_fixed_split
 from benchmarks.accuracy.studies import RECIPE_SETS, STUDIES
-from benchmarks.accuracy.study import Store, paired_difference
+from benchmarks.accuracy.study import Store, paired_difference, this_machine
 from wasi_edge.bench.subject import find_subject
-from wasi_edge.memory.hardware import hardware, versions
 from wasi_edge.memory.malloc import settle_threads, tune_malloc
 
 
@@ -31,8 +30,7 @@ def main() -> None:
         return
     tune_malloc()
     settle_threads()
-    machine = {key: value for key, value in hardware().items() if key in ("machine", "cpu", "cores", "board")}
-    store = Store(given.study, {**machine, **versions()})
+    store = Store(given.study, this_machine())
     jobs = list(STUDIES[given.study](datasets, given.repeats))
     if not given.table:
         store.run(jobs, lambda text: print(text, flush=True))

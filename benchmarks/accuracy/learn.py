@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from wasi_edge.training.head import fit_head
 from wasi_edge.training.loop import Hooks, LoopSettings, Progress, train, validate
 from wasi_edge.training.methods import make_trainer
 from wasi_edge.training.photos import PhotoSet
-from wasi_edge.training.trainer import Recipe
+from wasi_edge.training.trainer import Recipe, Trainer
 
 _AT_ONCE = 32
 
@@ -78,10 +79,18 @@ class _Quiet:
         return lambda *_, **__: None
 
 
-def learn(subject: Subject, photos: Photos, split: Split, variant: Variant, seed: int) -> dict[str, Any]:
+def learn(
+    subject: Subject,
+    photos: Photos,
+    split: Split,
+    variant: Variant,
+    seed: int,
+    watch: Callable[[int, Trainer], None] = lambda epoch, trainer: None,
+) -> dict[str, Any]:
     """Accuracies of the closed-form head and after every epoch, and the test accuracy of the best of them.
 
-    `seconds` of an epoch's entry: features, head and training up to its end, without validation.
+    `seconds` of an epoch's entry: features, head and training up to its end, without validation. `watch` is called
+    before the first epoch, as epoch 0, and after every one.
     """
     torch.set_grad_enabled(False)
     factor_update.MOMENTUM = variant.momentum
@@ -116,13 +125,14 @@ def learn(subject: Subject, photos: Photos, split: Split, variant: Variant, seed
     history = [{"epoch": 0, "val": first.accuracy, "val_loss": first.loss, "seconds": round(head_seconds, 1)}]
     times: list[float] = []
     settings = LoopSettings(variant.epochs, variant.batch, variant.batch, seed, variant.epochs, None)
-    steps = -(-len(split.train) // variant.batch)
 
     def on_step(at: Progress) -> None:
-        if at.epoch_step == 0 or at.epoch_step == steps:
+        if at.epoch_step == 0:  # the last of an epoch
             times.append(at.train_seconds)
+            watch(len(times), built)
 
     hooks = Hooks(lambda: 0.0, lambda: False, on_best, lambda: None, on_step, lambda: 0)
+    watch(0, built)
     if method is not Method.HEAD:
         train(built, parts["train"], parts["val"], settings, progress, _Quiet(), hooks)  # type: ignore[arg-type]
     for entry, seconds in zip(progress.history, times, strict=True):

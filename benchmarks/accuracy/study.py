@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wasi_edge.memory.hardware import hardware, versions
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -59,6 +61,12 @@ class Store:
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in self.runs.items())
         fresh.write_text(f'{{"machine": {json.dumps(self._machine)},\n"runs": {{\n{lines}\n}}}}\n')
         os.replace(fresh, self._path)
+
+
+def this_machine() -> dict[str, Any]:
+    """Where results come from: what computes, and the versions of what computes on it."""
+    machine = {key: value for key, value in hardware().items() if key in ("machine", "cpu", "cores", "board")}
+    return {**machine, **versions()}
 
 
 def _in_short(result: dict[str, Any]) -> str:

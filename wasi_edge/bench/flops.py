@@ -69,7 +69,7 @@ def step_flops(
     gradients = sum(2 * count * (inner + out) * min(gradient_rank, inner) for _, count, out, inner, _ in linears)
     upkeep = sum(
         _refresh(name, count, out, inner, min(gradient_rank, inner), batch, method)
-        + _update(out, inner, rank, gradient_rank) / batch
+        + update_flops(out, inner, rank, gradient_rank) / batch
         for name, count, out, inner, rank in linears
     )
     return Flops(passes + gradients + stem, upkeep, infer)
@@ -145,7 +145,7 @@ def _refresh(name: str, tokens: int, out: int, inner: int, r: int, batch: int, m
     return share * 4 * tokens * r * (inner + (out if follows_gradient else 0))
 
 
-def _update(out: int, inner: int, rank: int | None, gradient_rank: int) -> float:
+def update_flops(out: int, inner: int, rank: int | None, gradient_rank: int) -> float:
     """One step of the weight: momentum to its new basis and its polar factor, then the exact WSI step
     (`subspace/weight.py`) or the product added to a dense weight."""
     r = min(gradient_rank, inner)

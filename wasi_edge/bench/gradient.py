@@ -102,17 +102,18 @@ def _rest(network: VisionTransformer, step: int) -> None:
             linear.basis_rests = not has_turn(number, len(linears), step)
 
 
-def start(network: VisionTransformer, gradient_rank: int) -> None:
-    """Random bases for every linear."""
+def start(network: VisionTransformer, gradient_rank: int | Mapping[str, int]) -> None:
+    """Random bases for every linear, of one rank or of a rank each."""
     generator = torch.Generator().manual_seed(0)
-    for linear in network.linears().values():
+    for name, linear in network.linears().items():
         if isinstance(linear, SubspaceLinear):
-            linear.start_training(gradient_rank, network.tokens, generator)
+            rank = gradient_rank if isinstance(gradient_rank, int) else gradient_rank[name]
+            linear.start_training(rank, network.tokens, generator)
 
 
 def gradient_errors(
     build: Callable[[], VisionTransformer],
-    gradient_rank: int,
+    gradient_rank: int | Mapping[str, int],
     sample: Sample,
     batches: int = 4,
     warm_up: int = WARM_UP,
@@ -121,11 +122,27 @@ def gradient_errors(
 
     `build` makes the network of factors (or of dense weights) whose gradients are P U^T, twice.
     """
+    errors = errors_by_linear(build, gradient_rank, sample, batches, warm_up)
+    by_kind: dict[str, list[float]] = {}
+    for name, values in errors.items():
+        by_kind.setdefault(name.rpartition(".")[2], []).extend(values)
+    every = [error for values in errors.values() for error in values]
+    return statistics.fmean(every), {kind: statistics.fmean(values) for kind, values in by_kind.items()}
+
+
+def errors_by_linear(
+    build: Callable[[], VisionTransformer],
+    gradient_rank: int | Mapping[str, int],
+    sample: Sample,
+    batches: int = 4,
+    warm_up: int = WARM_UP,
+) -> dict[str, list[float]]:
+    """The relative errors of `gradient_errors`, of each linear in each batch."""
     compressed, exact = build(), build()
     head = closed_form_head(exact, sample)
     start(compressed, gradient_rank)
     start(exact, EVERYTHING)
-    by_kind: dict[str, list[float]] = {}
+    errors: dict[str, list[float]] = {}
     for number, part in enumerate(sample.batches(batches, warm_up)):
         _rest(compressed, number + 1)
         found = weight_gradients(compressed, head, sample.pixels[part], sample.labels[part])
@@ -135,6 +152,5 @@ def gradient_errors(
         wanted = weight_gradients(exact, head, sample.pixels[part], sample.labels[part], refresh=False)
         for name, value in wanted.items():
             error = float((found[name] - value).norm() / value.norm().clamp_min(1e-30))
-            by_kind.setdefault(name.rpartition(".")[2], []).append(error)
-    errors = [error for kind in by_kind.values() for error in kind]
-    return statistics.fmean(errors), {kind: statistics.fmean(values) for kind, values in by_kind.items()}
+            errors.setdefault(name, []).append(error)
+    return errors
