@@ -141,8 +141,8 @@ def main() -> int:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         recent.append(loss.item())
-        if (step + 1) % 50 == 0:
-            print(f"step {step + 1}: error {sum(recent[-50:]) / len(recent[-50:]):.4f}, "
+        if (step + 1) % 10 == 0:
+            print(f"step {step + 1}: error {sum(recent[-10:]) / len(recent[-10:]):.4f}, "
                   f"{time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
             options.state.parent.mkdir(parents=True, exist_ok=True)
             torch.save(

@@ -128,12 +128,9 @@ def test_linears_take_turns_and_their_momentum_gathers_every_gradient():
     moves = []
     for step in range(1, 6):
         for number, (name, layer) in enumerate(layers.items()):
-            layer.basis_rests = not rule.has_turn(name, step)
-            before = layer.basis
             _, _, _, grads = both_passes(layer, 50 + 20 * step + 2 * number)
             basis = layer.basis
             assert basis is not None
-            assert (basis is before) == (step > 1 and layer.basis_rests)
             momenta[name] = MOMENTUM * momenta[name] @ (old[name].T @ basis) + (1 - MOMENTUM) * grads["projected"]
             old[name] = basis.clone()
             if rule.has_turn(name, step):
@@ -181,8 +178,8 @@ def test_an_input_at_hand_gives_what_wsi_gives_and_keeps_nothing(kind):
         assert relative_difference(grads["projected"], 2 * scaled.T @ x @ kept) < 1e-12
 
 
-def test_of_many_tokens_the_basis_follows_the_quarter_with_the_largest_gradients():
-    layer, tokens = make(WasiLinear, 3, scale=False), 1200
+def test_of_many_tokens_the_basis_follows_the_eighth_with_the_largest_gradients():
+    layer, tokens = make(WasiLinear, 3, scale=False), 2400
     x, dy = random(tokens, IN, seed=80), random(tokens, OUT, seed=81)
     strong = torch.randperm(tokens, generator=generator(82))[: sampled_tokens(tokens)]
     assert len(strong) == 300

@@ -21,7 +21,7 @@ ROUNDING_ROWS = 128
 UPDATE_MATRICES = 9
 # most photos that pass through the network together where nothing is trained
 EVALUATION_BATCH = 8
-# groups of linears, of which one moves its weights and chooses new bases at each step
+# groups of linears, of which one moves its weights at each step
 TURNS = 2
 # ranks are padded to a multiple of this while a network is in memory: kernels of matrix products waste time on the rest
 _RANK_MULTIPLE = 8
@@ -29,7 +29,7 @@ _RANK_MULTIPLE = 8
 # stays small; more is a little faster where memory is ample
 _ATTENTION_TOKENS, _AMPLE_ATTENTION_TOKENS = 128, 800
 # a gradient's basis is refreshed from a share of the tokens, as long as these are enough for its rank
-_SAMPLED_SHARE, _FEWEST_SAMPLED, _MOST_SAMPLED = 4, 256, 512
+_SAMPLED_SHARE, _FEWEST_SAMPLED, _MOST_SAMPLED = 8, 256, 512
 
 
 def padded_rank(rank: int) -> int:

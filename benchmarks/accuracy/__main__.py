@@ -12,7 +12,6 @@ from benchmarks.accuracy.datasets import load_photos, write_fixed_split
 from benchmarks.accuracy.studies import RECIPE_SETS, STUDIES
 from benchmarks.accuracy.study import Store, paired_difference, this_machine
 from wasi_edge.bench.subject import find_subject
-from wasi_edge.memory.malloc import settle_threads, tune_malloc
 
 
 def main() -> None:
@@ -28,8 +27,6 @@ def main() -> None:
             per_class = RECIPE_SETS[name][1]
             write_fixed_split(name, load_photos(name, find_subject("default", 28).preprocessing, per_class))
         return
-    tune_malloc()
-    settle_threads()
     store = Store(given.study, this_machine())
     jobs = list(STUDIES[given.study](datasets, given.repeats))
     if not given.table:

@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.accuracy.study import Job
 from benchmarks.paper import formulas
 from benchmarks.paper.figures import open_store, write_plot, write_table
+from wasi_edge.chunks import TURNS
 from wasi_edge.layers.linear import WasiLinear
 from wasi_edge.layers.saving import Pass
 from wasi_edge.report.svg import Series, line_chart
@@ -56,8 +57,12 @@ def _measure(width: int, share: float) -> dict[str, Any]:
     weight = torch.randn(width, width, generator=generator) / width**0.5
     bias = torch.zeros(width)
     ours = _Ours(weight, bias, rank, generator)
-    dense = {"train": lambda: _dense_step(weight, bias, x, dy), "infer": lambda: torch.addmm(bias, x, weight.t())}
-    factored = {"train": lambda: ours.step(x, dy), "infer": lambda: ours.linear.forward(x, TOKENS, Pass(), None)}
+    y = torch.empty_like(dy)
+    dense = {"train": lambda: _dense_steps(weight, bias, x, dy, y), "infer": lambda: _dense_forward(weight, bias, x, y)}
+    factored = {
+        "train": lambda: ours.steps(x, dy, y),
+        "infer": lambda: ours.linear.forward(x, TOKENS, ours.run, None, y),
+    }
     layer = formulas.Layer(BATCH, TOKENS, width, width)
     modes = (round(share * BATCH), round(share * TOKENS), rank)
     vanilla = formulas.dense(layer)
@@ -77,32 +82,42 @@ class _Ours:
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         self.linear = WasiLinear(left[:, :rank].contiguous(), (values[:rank, None] * right[:rank]).contiguous(), bias)
         self.linear.start_training(GRADIENT_RANK, TOKENS, generator)
-        self._update = FactorUpdate({"linear": self.linear}, weight_decay=0.0)
-        self._steps = 0
+        self._update = FactorUpdate({"linear": self.linear}, weight_decay=0.0, turns=TURNS)
+        self.run, self._steps = Pass(), 0
 
-    def step(self, x: Tensor, dy: Tensor) -> None:
-        """Forward, backward, update."""
-        run = Pass(refresh_basis=True)
-        _, saved = self.linear.forward(x, TOKENS, run, "input")
-        assert saved is not None
-        _, grads = self.linear.backward(saved, dy, TOKENS, run)
-        self._steps += 1
-        self._update.update("linear", grads["projected"], RATE, self._steps)
-        self.linear.params["bias"].sub_(grads["bias"], alpha=RATE)
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        """Inference."""
+        self.linear.forward(x, TOKENS, self.run, None, y)
+
+    def steps(self, x: Tensor, dy: Tensor, y: Tensor) -> None:
+        """Forward, backward and update, as often as linears take turns: in one of them this one has its turn."""
+        for _ in range(TURNS):
+            self._steps += 1
+            self.run.refresh_basis = True
+            _, saved = self.linear.forward(x, TOKENS, self.run, "input", y)
+            assert saved is not None
+            _, grads = self.linear.backward(saved, dy, TOKENS, self.run, y)
+            self._update.update("linear", grads["projected"], RATE, self._steps)
+            self.linear.params["bias"].sub_(grads["bias"], alpha=RATE)
 
     def held_bytes(self, x: Tensor) -> int:
         """Of the factors and of what a forward pass keeps of x, its basis included."""
-        _, saved = self.linear.forward(x, TOKENS, Pass(), "input")
+        _, saved = self.linear.forward(x, TOKENS, self.run, "input")
         assert saved is not None and self.linear.basis is not None
         factors = self.linear.params["left"].numel() + self.linear.params["right"].numel()
         return 4 * factors + saved.nbytes + self.linear.basis.nbytes
 
 
-def _dense_step(weight: Tensor, bias: Tensor, x: Tensor, dy: Tensor) -> None:
-    torch.addmm(bias, x, weight.t())
-    dy @ weight
-    weight.sub_(dy.t() @ x, alpha=0.0)
-    bias.sub_(dy.sum(0), alpha=0.0)
+def _dense_forward(weight: Tensor, bias: Tensor, x: Tensor, y: Tensor) -> None:
+    torch.addmm(bias, x, weight.t(), out=y)
+
+
+def _dense_steps(weight: Tensor, bias: Tensor, x: Tensor, dy: Tensor, y: Tensor) -> None:
+    for _ in range(TURNS):
+        _dense_forward(weight, bias, x, y)
+        torch.mm(dy, weight, out=y)
+        weight.addmm_(dy.t(), x, alpha=-1e-12)
+        bias.sub_(dy.sum(0), alpha=1e-12)
 
 
 def _paired_ratio(dense: Callable[[], Any], factored: Callable[[], Any]) -> float:

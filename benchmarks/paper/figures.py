@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.study import Store, this_machine
-from wasi_edge.memory.malloc import settle_threads, tune_malloc
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).resolve().parents[2] / "docs" / "figures"
@@ -20,9 +19,7 @@ EPSILONS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def open_store(figure: str) -> Store:
-    """The runs of a figure done so far; threads and allocator as in a run."""
-    tune_malloc()
-    settle_threads()
+    """The runs of a figure done so far."""
     return Store(figure, this_machine(), RESULTS)
 
 

@@ -65,7 +65,7 @@ def paper(layer: Layer, rank: int, modes: tuple[int, int, int]) -> Count:
 
 
 def ours(layer: Layer, rank: int, r: int) -> Count:
-    """Our engine: dW = P U^T is never formed, P U^T is added to the factors in place (DESIGN: exact low-rank step)."""
+    """Our engine: dW = P U^T is never formed, it is added to the factors in place; linears take turns in that."""
     b, i, o, k = layer.rows, layer.inputs, layer.outputs, rank
     forward = 2 * b * k * (o + i)
     gradient = 2 * b * r * (o + i)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from wasi_edge.chunks import sampled_tokens
+from wasi_edge.chunks import TURNS, sampled_tokens
 from wasi_edge.method import Method
 from wasi_edge.models.geometry import ViTGeometry
 
@@ -146,15 +146,15 @@ def _refresh(name: str, tokens: int, out: int, inner: int, r: int, batch: int, m
 
 
 def update_flops(out: int, inner: int, rank: int | None, gradient_rank: int) -> float:
-    """One step of the weight: momentum to its new basis and its polar factor, then the exact WSI step
-    (`subspace/weight.py`) or the product added to a dense weight."""
+    """Of a weight in one step: momentum to its new basis; and, in the mean of `TURNS` steps, momentum's polar factor
+    and the exact WSI step (`subspace/weight.py`), or the product added to a dense weight."""
     r = min(gradient_rank, inner)
-    carry = 2 * r * r * (inner + 3 * out)
+    carry, polar = 2 * r * r * (inner + out), 4 * r * r * out
     if rank is None:
-        return carry + 2 * out * inner * r
+        return carry + (polar + 2 * out * inner * r) / TURNS
     thin = 2 * rank * r * (2 * out + 3 * inner)  # L^T P, R U, L + P E, F, R + X F
     # five products of an inverse Gram matrix with (K, r), and a change of rank 2 r to both
-    return carry + thin + 18 * rank * rank * r
+    return carry + (polar + thin + 18 * rank * rank * r) / TURNS
 
 
 def _iteration(a: int, b: int, r: int) -> float:

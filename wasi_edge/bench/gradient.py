@@ -1,8 +1,8 @@
 """How far a compressed gradient is from the exact one, on real photos: speed without it does not count.
 
 The reference is the exact gradient of the same network in float32, nothing compressed, rounded or rebuilt. Bases are
-warm-started over a few batches as in training, where linears take turns in choosing a new one, before anything is
-compared. The classifier is fitted in closed form on photos that are not compared, as a run begins.
+warm-started over a few batches as in training before anything is compared. The classifier is fitted in closed form on
+photos that are not compared, as a run begins.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wasi_edge.chunks import has_turn
 from wasi_edge.data.folder import scan_folder
 from wasi_edge.keep import EXACT, Keep
 from wasi_edge.layers.linear import SubspaceLinear
@@ -94,14 +93,6 @@ def weight_gradients(
     return found
 
 
-def _rest(network: VisionTransformer, step: int) -> None:
-    """Let the bases rest that a training step, from 1, would leave as they are."""
-    linears = list(network.linears().values())
-    for number, linear in enumerate(linears):
-        if isinstance(linear, SubspaceLinear):
-            linear.basis_rests = not has_turn(number, len(linears), step)
-
-
 def start(network: VisionTransformer, gradient_rank: int | Mapping[str, int]) -> None:
     """Random bases for every linear, of one rank or of a rank each."""
     generator = torch.Generator().manual_seed(0)
@@ -144,7 +135,6 @@ def errors_by_linear(
     start(exact, EVERYTHING)
     errors: dict[str, list[float]] = {}
     for number, part in enumerate(sample.batches(batches, warm_up)):
-        _rest(compressed, number + 1)
         found = weight_gradients(compressed, head, sample.pixels[part], sample.labels[part])
         if number < warm_up:
             continue

@@ -98,8 +98,7 @@ class DenseLinear:
 
 class SubspaceLinear:
     """A linear whose weight gradient is P U^T. `basis` U (I, r) and `token_weight` (N,) are training state, None until
-    `start_training`. Where `basis_rests`, this step leaves U as it is, unless it is still random. Subclasses say what
-    the weight is."""
+    `start_training`. Subclasses say what the weight is."""
 
     params: dict[str, Tensor]
 
@@ -112,7 +111,6 @@ class SubspaceLinear:
         self.basis: Tensor | None = None
         self.token_weight: Tensor | None = None
         self._cold = True
-        self.basis_rests = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -155,7 +153,7 @@ class SubspaceLinear:
         """What the backward pass needs of x: z = x U (T, r), U refreshed first where this pass says so. `tokens` per
         photo: all that there are, or the first ones that somebody reads."""
         assert self.basis is not None and self.token_weight is not None, "start_training was not called"
-        if self._is_due(run):
+        if run.refresh_basis:
             began = time.perf_counter()
             stride = len(x) // sampled_tokens(len(x))
             weight = self.token_weight[:tokens].repeat(len(x) // tokens)[::stride]
@@ -183,7 +181,7 @@ class SubspaceLinear:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The same with the input (T, I) itself: U is chosen by the gradient first, where this pass says so."""
         assert self.basis is not None, "start_training was not called"
-        if self._is_due(run):
+        if run.refresh_basis:
             began = time.perf_counter()
             some_x, some_dy = _strongest(x, dy, run)
             iterations = _COLD_ITERATIONS if self._cold else 1
@@ -196,10 +194,6 @@ class SubspaceLinear:
             run.refresh_seconds += time.perf_counter() - began
         z = run.workspace.take("linear.projection", (len(x), self.basis.shape[1]), x.dtype)
         return self._backward(torch.mm(x, self.basis, out=z), dy, run, out)
-
-    def _is_due(self, run: Pass) -> bool:
-        """Whether this pass chooses a new basis."""
-        return run.refresh_basis and (self._cold or not self.basis_rests)
 
     def _backward(self, z: Tensor, dy: Tensor, run: Pass, out: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self._weights(dy.dtype, run)
@@ -363,7 +357,7 @@ PLAIN_KINDS = LinearKinds()
 
 
 def _strongest(x: Tensor, dy: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
-    """Of x (T, I) and dy (T, O) the tokens whose gradients are largest: a quarter of them stands for the whole."""
+    """Of x (T, I) and dy (T, O) the tokens whose gradients are largest: a part of them stands for the whole."""
     rows = sampled_tokens(len(dy))
     if rows == len(dy):
         return x, dy

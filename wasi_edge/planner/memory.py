@@ -17,10 +17,8 @@ from wasi_edge.chunks import (
     GELU_ROWS,
     HEAD_ROWS,
     NORM_ROWS,
-    TURNS,
     UPDATE_MATRICES,
     attention_photos,
-    has_turn,
 )
 from wasi_edge.keep import kept_bytes_per_token, rebuilt_bytes_per_token
 from wasi_edge.method import Method
@@ -164,13 +162,11 @@ def training_items(load: Workload, choices: Choices) -> list[Item]:
     updating = _trained_sizes(load, choices).scratch
     if load.lends and choices.trimmed:  # it works in the memory of the two, as far as it goes
         updating = max(0, updating - kept - at_work)
-    # a basis that rests is that of its momentum
-    gradients = subspace_bytes(load, choices) - _trained_sizes(load, choices).resting_bases
     kind = "dense" if load.method is Method.ASI else "factors"
     items = [
         Item(f"weights ({kind}, {choices.weight_bits} bits)", linear_bytes),
         Item("weights (norms, biases, embeddings, head)", other_bytes),
-        Item("gradients (P, U, dense parameters)", gradients + (learning + made) * FLOAT),
+        Item("gradients (P, U, dense parameters)", subspace_bytes(load, choices) + (learning + made) * FLOAT),
         Item(
             "optimiser state (momentum, Gram matrices, moments)",
             update_state_bytes(load, choices) + learning * 2 * FLOAT + updating,
@@ -316,12 +312,11 @@ def _photos(load: Workload, micro_batch: int) -> Item:
 
 
 class _TrainedSizes(NamedTuple):
-    """Bytes of the trained linears: P or momentum with their bases, bases U (I, r) alone and those of them that
-    rest at any step, Gram matrices, scratch."""
+    """Bytes of the trained linears: P or momentum with their bases, bases U (I, r) alone, Gram
+    matrices, scratch."""
 
     subspaces: int
     bases: int
-    resting_bases: int
     grams: int
     scratch: int
 
@@ -333,15 +328,9 @@ def _trained_sizes(load: Workload, choices: Choices) -> _TrainedSizes:
         first = load.geometry.depth - choices.trained_blocks
         linears = [linear for block in load.linears[first:] for linear in block]
         ranks = [(out, inner, min(choices.gradient_rank, inner)) for out, inner, _ in linears]
-        bases = [inner * r * FLOAT for _, inner, r in ranks]
-        moving = [
-            sum(size for number, size in enumerate(bases) if has_turn(number, len(bases), step))
-            for step in range(1, TURNS + 1)
-        ]
         load.memo[key] = _TrainedSizes(
             subspaces=sum((out + inner) * r * FLOAT for out, inner, r in ranks),
-            bases=sum(bases),
-            resting_bases=sum(bases) - max(moving),
+            bases=sum(inner * r * FLOAT for _, inner, r in ranks),
             grams=sum((2 * rank + 3) * rank * FLOAT for _, _, rank in linears),
             scratch=update_scratch_bytes(linears),
         )

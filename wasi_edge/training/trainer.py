@@ -160,13 +160,10 @@ class SubspaceTrainer(FrozenTrainer):
             linear.start_training(gradient_rank, model.tokens, generator)
             self._linears[name] = linear
         self._factors = FactorUpdate(self._linears, recipe.weight_decay, carry_grams, seed, TURNS)
-        self._step = 0  # steps taken
 
     def micro_batch(self, inputs: Tensor, labels: Tensor, weight: Tensor, first: bool, batch: int) -> Loss:
         if first:
             self._remember()
-            for name, linear in self._linears.items():
-                linear.basis_rests = not self._factors.has_turn(name, self._step + 1)
         assert self.model.head is not None
         self._run.refresh_basis = first
         features, saved = self.model.features(inputs, self._run, self.keeps)
@@ -197,7 +194,6 @@ class SubspaceTrainer(FrozenTrainer):
                 rate = (recipe.head_rate if is_head else recipe.dense_rate) * schedule
                 stored = artefact_name(linear, key) if linear else key
                 self._adam.update(stored, self._parameters[stored], gradient, rate, step)
-        self._step = step
         self._gradients.clear()
         self._before_step.clear()
         if self._trim:
@@ -222,7 +218,6 @@ class SubspaceTrainer(FrozenTrainer):
 
     def state(self) -> dict[str, Tensor]:
         named = {f"parameter.{name}": value for name, value in self._learning.items()}
-        named["step"] = torch.tensor(self._step)
         for name, linear in self._linears.items():
             basis, token_weight, cold = linear.training_state()
             named[f"basis.{name}"] = basis
@@ -235,9 +230,7 @@ class SubspaceTrainer(FrozenTrainer):
         parts: dict[str, dict[str, Tensor]] = {"basis": {}, "token_weight": {}, "cold": {}}
         for full, value in tensors:
             kind, _, name = full.partition(".")
-            if kind == "step":
-                self._step = int(value)
-            elif kind == "parameter":
+            if kind == "parameter":
                 self._parameters[name].copy_(value)
             elif kind == "adam":
                 self._adam.load(name, value)

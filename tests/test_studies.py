@@ -1,0 +1,159 @@
+"""The studies' own code: choosing ranks, counting, learning in memory, and results that are never measured twice."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_artefact import write_tiny
+
+from benchmarks.accuracy.datasets import Photos, random_split
+from benchmarks.accuracy.learn import Variant, head_accuracy, learn, photo_features
+from benchmarks.accuracy.study import Job, Store, paired_difference
+from benchmarks.paper import fig3b_iteration, formulas, rank_selection
+from wasi_edge.bench.subject import Subject, find_subject
+from wasi_edge.subspace.factors import orthonormal_pair
+from wasi_edge.training import factor_update
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> Subject:
+    return find_subject(str(write_tiny(tmp_path / "tiny", labels=None)))
+
+
+@pytest.fixture
+def photos(subject: Subject) -> Photos:
+    """Two kinds of noise, dark and light, that any head tells apart."""
+    rng = np.random.default_rng(0)
+    labels = torch.arange(60) % 2
+    side = subject.preprocessing.resize_side
+    shrunk = [rng.integers(0, 100, (side, side, 3), dtype=np.uint8) + np.uint8(120 * label) for label in labels]
+    return Photos(shrunk, [str(i) for i in range(60)], labels, ["dark", "light"], subject.preprocessing)
+
+
+@pytest.fixture(autouse=True)
+def gradients_as_before():
+    momentum = factor_update.MOMENTUM
+    yield
+    factor_update.MOMENTUM = momentum
+    torch.set_grad_enabled(True)
+
+
+@pytest.mark.parametrize("method", ["wasi", "vanilla", "lora", "head"])
+def test_learns_in_memory(subject: Subject, photos: Photos, method: str) -> None:
+    watched: list[int] = []
+    epochs = 0 if method == "head" else 2
+    variant = Variant(method, epochs=epochs)
+    result = learn(subject, photos, random_split(photos, 0), variant, 0, lambda epoch, _: watched.append(epoch))
+    assert watched == list(range(epochs + 1)) == [entry["epoch"] for entry in result["history"]]
+    assert result["head_test"] > 0.9 and result["best"]["test"] > 0.9
+    seconds = [entry["seconds"] for entry in result["history"]]
+    assert seconds == sorted(seconds)
+    json.dumps(result)
+
+
+def test_closed_form_head_of_all_photos(subject: Subject, photos: Photos) -> None:
+    split = random_split(photos, 0)
+    assert head_accuracy(photo_features(subject, photos), photos, split.train, split.test) > 0.9
+
+
+def test_split_is_complete_disjoint_and_as_large_as_said(photos: Photos) -> None:
+    split = random_split(photos, 3)
+    parts = (split.train, split.val, split.test)
+    assert [len(part) for part in parts] == [36, 12, 12]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(60))
+    assert not np.array_equal(random_split(photos, 4).test, split.test)
+
+
+def test_a_full_svd_step_takes_the_place_of_the_iteration(subject: Subject, photos: Photos) -> None:
+    """Both truncate the same moved weight; one step from the same start they differ by what one iteration leaves."""
+    split, variant = random_split(photos, 0), Variant(epochs=2, learning_rate=1e-2)
+    losses = {}
+    for name, around in (("iteration", fig3b_iteration._as_it_is), ("svd", fig3b_iteration._svd_steps)):
+        with around():
+            losses[name] = learn(subject, photos, split, variant, 0)["history"][-1]["val_loss"]
+    assert losses["iteration"] == pytest.approx(losses["svd"], rel=1e-3)
+    assert losses["iteration"] != losses["svd"]
+
+
+def test_the_svd_step_is_the_best_approximation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    pair, direction = orthonormal_pair(draw(9, 4), draw(4, 7)), draw(9, 2)
+    basis = torch.linalg.qr(draw(7, 2)).Q
+    moved = (1 - 0.1 * 0.5) * pair.left @ pair.right - 0.1 * direction @ basis.t()
+    fig3b_iteration._svd_step(pair, direction, basis, 0.1, 0.5)
+    left, values, right = torch.linalg.svd(moved)
+    best = left[:, :4] @ torch.diag(values[:4]) @ right[:4]
+    torch.testing.assert_close(pair.left @ pair.right, best)
+    torch.testing.assert_close(pair.left_inverse, torch.eye(4, dtype=torch.float64))
+
+
+def test_dynamic_programme_finds_the_best_and_greed_comes_close() -> None:
+    rng, ranks_of, names = random.Random(0), (2, 4, 8), "abcd"
+    for _ in range(20):
+        falling = {n: sorted((rng.random() for _ in ranks_of), reverse=True) for n in names}
+        errors = {n: dict(zip(ranks_of, falling[n], strict=True)) for n in names}
+        # whole numbers of the budget's parts, so that no rounding hides the best
+        width = {n: rng.choice((50, 100, 200)) for n in names}
+        sizes = {n: {rank: float(rank * width[n]) for rank in ranks_of} for n in names}
+        budget = float(rank_selection.BUCKETS)
+
+        def total(table, chosen):
+            return sum(table[n][rank] for n, rank in chosen.items())
+
+        every = [dict(zip(names, ranks, strict=True)) for ranks in itertools.product(ranks_of, repeat=4)]
+        best = min(total(errors, chosen) for chosen in every if total(sizes, chosen) <= budget)
+        found = rank_selection.by_dynamic_programme(errors, sizes, budget)
+        greedy = rank_selection.by_greed(errors, sizes, budget)
+        assert total(sizes, found) <= budget and total(sizes, greedy) <= budget
+        assert total(errors, found) == pytest.approx(best)
+        assert best - 1e-9 <= total(errors, greedy) <= best + 0.5
+
+
+def test_dynamic_programme_says_when_nothing_fits() -> None:
+    with pytest.raises(ValueError, match="budget"):
+        rank_selection.by_dynamic_programme({"a": {2: 1.0}}, {"a": {2: 10.0}}, 5.0)
+
+
+def test_formulas_of_a_layer() -> None:
+    layer = formulas.Layer(photos=2, tokens=3, inputs=5, outputs=7)
+    dense = formulas.dense(layer)
+    assert dense.infer == 6 * 7 * 9 and dense.train == 6 * 7 * 9 + 7 * 5 * 11 + 6 * 5 * 13
+    assert dense.elements == 6 * 5 + 7 * 5
+    paper = formulas.paper(layer, 4, (1, 2, 3))
+    assert paper.elements == 1 * 2 * 3 + 2 * 1 + 3 * 2 + 5 * 3 + 4 * 12
+    assert paper.infer == 6 * 4 * 9 + 6 * 7 * 7
+    ours = formulas.ours(layer, 4, 3)
+    assert ours.elements == 6 * 3 + 5 * 3 + 4 * 12 and ours.infer == 2 * 6 * 4 * 12
+    assert ours.gain(dense)["memory"] == dense.elements / ours.elements
+
+
+def test_a_result_is_kept_at_once_and_not_measured_again(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    def job(label: str, fails: bool = False) -> Job:
+        def work() -> dict[str, float]:
+            if fails:
+                raise KeyboardInterrupt
+            done.append(label)
+            return {"test": 0.5}
+
+        return Job("set", label, 0, work)
+
+    with pytest.raises(KeyboardInterrupt):
+        Store("study", {}, tmp_path).run([job("a"), job("b", fails=True)], lambda text: None)
+    again = Store("study", {}, tmp_path)
+    again.run([job("a"), job("b")], lambda text: None)
+    assert done == ["a", "b"] and again.of("set", "b") == {0: {"test": 0.5}}
+
+
+def test_paired_difference_over_the_splits_both_have() -> None:
+    mean, half, count = paired_difference({0: 0.5, 1: 0.7, 2: 0.9}, {0: 0.4, 1: 0.5, 3: 0.1})
+    assert (mean, count) == (pytest.approx(0.15), 2)
+    assert half == pytest.approx(12.71 * 0.05 * 2**0.5 / 2**0.5)
