@@ -1,5 +1,6 @@
 # make demo    fine-tune on PHOTOS=./folder, or on photos drawn for the purpose, then predict
 # make test    the tests        make lint    ruff and mypy        make bench   speed and memory of the methods
+# make study-fig2_dimensions ...   one of the studies behind docs/results.md; stopped and started again, it goes on
 #
 # Everything runs in .venv, made on first use from PYTHON whatever environment is active.
 
@@ -18,7 +19,10 @@ unexport PYTHONHOME
 unexport PYTHONPATH
 unexport VIRTUAL_ENV
 
-.PHONY: demo test lint bench clean
+PAPER_STUDIES := fig2_dimensions fig3a_spectra fig3b_iteration fig4_activations fig5_epsilon rank_selection
+ACCURACY_STUDIES := embedded_heads recipes against_vanilla
+
+.PHONY: demo test lint bench clean $(PAPER_STUDIES:%=study-%) $(ACCURACY_STUDIES:%=study-%)
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -65,6 +69,12 @@ lint: $(VENV)/.stamp-dev
 
 bench: $(VENV)/.stamp-run
 	$(BIN)/wasi-edge bench $(ARGS)
+
+$(PAPER_STUDIES:%=study-%): study-%: $(VENV)/.stamp-run
+	$(BIN)/python -m benchmarks.paper.$* $(ARGS)
+
+$(ACCURACY_STUDIES:%=study-%): study-%: $(VENV)/.stamp-run
+	$(BIN)/python -m benchmarks.accuracy $* $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache
