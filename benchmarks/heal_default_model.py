@@ -7,7 +7,7 @@ Teacher and student see the same random crops, a quarter of them of enlarged til
 the student's tokens after the last norm, and of what a head reads of them (class token, mean of the patches), each
 relative to the teacher's spread. AdamW on balanced factors under torch autograd: this runs on a developer's machine,
 memory does not matter. Only the calibration photos are used, never an evaluation set. Resumable: the state is written
-to --state every 50 steps.
+to --state every 10 steps.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--state", type=Path, default=Path("build/heal-state.pt"))
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
