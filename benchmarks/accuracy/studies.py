@@ -26,7 +26,8 @@ WASI, VANILLA, HEAD = Variant(), Variant("vanilla", epochs=10), Variant("head")
 RECIPE_SETS: dict[str, tuple[int, int | None]] = {"clothing": (112, None), "flowers": (56, 100), "cifar10": (56, 100)}
 RECIPES: dict[str, Variant] = {
     "wasi": WASI,
-    "wasi, lr 4e-5": replace(WASI, learning_rate=4e-5),
+    "wasi, lr 2e-5": replace(WASI, learning_rate=2e-5),
+    "wasi, lr 8e-5": replace(WASI, learning_rate=8e-5),
     "wasi, lr 1.6e-4": replace(WASI, learning_rate=1.6e-4),
     "wasi, momentum 0.95": replace(WASI, momentum=0.95),
     "wasi, r 16": replace(WASI, gradient_rank=16),

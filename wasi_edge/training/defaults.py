@@ -14,7 +14,7 @@ HEAD_RATE = {"wasi": 1.0, "wsi": 1.0, "asi": 1.0, "vanilla": 1.0, "lora": 1.0, "
 LORA_RANK = 16
 
 _EPOCHS = {"wasi": 6, "wsi": 6, "asi": 6, "vanilla": 6, "lora": 6, "head": 0}
-_LEARNING_RATE = {"wasi": 8e-5, "wsi": 8e-5, "asi": 8e-5, "vanilla": 5e-5, "lora": 5e-4, "head": 0.0}
+_LEARNING_RATE = {"wasi": 4e-5, "wsi": 4e-5, "asi": 4e-5, "vanilla": 5e-5, "lora": 5e-4, "head": 0.0}
 
 
 def epochs(method: str) -> int:
