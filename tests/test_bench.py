@@ -152,6 +152,14 @@ def test_the_paper_counts_weights_and_saved_inputs_of_linears_alone():
     assert vanilla["upkeep_flops"] == 0 < wasi["upkeep_flops"]
 
 
+def test_frozen_factors_of_lora_need_no_iteration_and_the_inputs_of_its_adapters_alone():
+    lora = paper_count(TINY, SIZE, ranks_of(RANK), Method.LORA, GRADIENT_RANK, BATCH)
+    shapes = TINY.linear_shapes()
+    weights = sum(RANK * (out + inner) for out, inner in shapes.values())
+    kept = sum(BATCH * TOKENS * inner for name, (_, inner) in shapes.items() if name.endswith(".qkv"))
+    assert lora["upkeep_flops"] == 0 and lora["memory_bytes"] == 4 * (weights + kept)
+
+
 def test_rounds_are_interleaved_after_a_warm_up_and_ratios_taken_within_each():
     order: list[str] = []
     rounds: list[int] = []

@@ -7,9 +7,12 @@ counts, so they choose nothing.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -155,6 +158,22 @@ def learn(
         "best": best,
         "history": history,
     }
+
+
+def settings_of(variant: Variant, subject: Subject, **more: Any) -> dict[str, Any]:
+    """What the result of `learn` depends on: a variant with its rates resolved, weights, the input size."""
+    return {
+        "variant": dataclasses.asdict(variant),
+        "recipe": dataclasses.asdict(variant.recipe),
+        "weights": _fingerprint(subject.folder) if subject.folder else subject.name,
+        "image_size": subject.image_size,
+        **more,
+    }
+
+
+@lru_cache
+def _fingerprint(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def _with_head(read: Read, classes: int, features: int) -> Read:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy.datasets import ROOT, Photos, fixed_split, load_photos, random_split
-from benchmarks.accuracy.learn import Variant, head_accuracy, learn, photo_features
+from benchmarks.accuracy.learn import Variant, head_accuracy, learn, photo_features, settings_of
 from benchmarks.accuracy.study import Job
 from wasi_edge.bench.subject import Subject, find_subject
 
@@ -108,13 +108,14 @@ STUDIES: dict[str, Callable[[list[str], int], Iterator[Job]]] = {
 
 
 def _job(name: str, size: int, per_class: int | None, label: str, variant: Variant, split: int, fixed: bool) -> Job:
+    subject = _subject("default" if variant.method == "wasi" else DENSE_MODEL, size)
+
     def work() -> dict[str, Any]:
-        subject = _subject("default" if variant.method == "wasi" else DENSE_MODEL, size)
         photos = _photos(name, size, per_class)
         parts = fixed_split(name, photos) if fixed else random_split(photos, split)
         return learn(subject, photos, parts, variant, split)
 
-    return Job(name, label, split, work)
+    return Job(name, label, split, work, settings_of(variant, subject, photos_per_class=per_class))
 
 
 @lru_cache(maxsize=4)

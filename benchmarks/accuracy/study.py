@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,17 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Job:
-    """One run. `group` and `label` name the row it belongs to, `split` the repetition: paired across labels."""
+    """One run. `group` and `label` name the row it belongs to, `split` the repetition: paired across labels.
+
+    `settings`: everything else its result depends on, as JSON knows it; kept with the result, which counts only as long
+    as they are the same.
+    """
 
     group: str
     label: str
     split: int
     work: Callable[[], dict[str, Any]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -41,10 +46,14 @@ class Store:
     def run(self, jobs: Iterable[Job], say: Callable[[str], None] = print) -> None:
         """Do what is not there yet, in the order given."""
         for job in jobs:
-            if job.key not in self.runs:
-                self.runs[job.key] = job.work()
+            if not self._has(job):
+                self.runs[job.key] = job.work() | ({"settings": dict(job.settings)} if job.settings else {})
                 self._write()
                 say(f"{job.key}: {_in_short(self.runs[job.key])}")
+
+    def _has(self, job: Job) -> bool:
+        held = self.runs.get(job.key)
+        return held is not None and held.get("settings", {}) == json.loads(json.dumps(job.settings))
 
     def of(self, group: str, label: str) -> dict[int, dict[str, Any]]:
         """Results of a row by split."""

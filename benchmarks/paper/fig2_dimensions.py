@@ -3,9 +3,10 @@
 python -m benchmarks.paper.fig2_dimensions
 
 A square layer (D, D) with inputs (16, 197, D), in factors of a share of D. Predicted, dense over WASI: memory and
-FLOPs as the paper prints them, where every mode of the inputs has the same share, and as our engine works, where the
-last mode alone is compressed to 32. Measured: bytes that weight and saved input really hold, and the time of forward,
-backward, gradient and update, dense and ours alternating.
+FLOPs as the paper counts them (multiply-adds doubled), where every mode of the inputs has the same share, and as our
+engine works, where the last mode alone is compressed to 32. Measured: bytes of the tensors of weight and saved input
+(without the padding of ranks and the optimiser's state, which the paper does not count either), and the time of
+forward, backward, gradient and update, dense and ours alternating.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def dense(layer: Layer) -> Count:
 
 
 def paper(layer: Layer, rank: int, modes: tuple[int, int, int]) -> Count:
-    """WASI as printed; the four terms of the weight gradient are multiply-adds there, FLOPs here."""
+    """WASI as published, but the four terms of the weight gradient are multiply-adds there, FLOPs here."""
     b, n, i, o = layer.photos, layer.tokens, layer.inputs, layer.outputs
     r1, r2, r3 = modes
     forward = layer.rows * rank * (2 * i - 1) + layer.rows * o * (2 * rank - 1)

@@ -90,11 +90,12 @@ def paper_count(
     batch: int,
 ) -> dict[str, float]:
     """`train_flops`, `infer_flops`, `upkeep_flops` of a step of `batch` images, `memory_bytes`, and `memory_ratio` to
-    vanilla, of linear layers alone. Inputs are compressed in their last mode, as ours are (r1 = B, r2 = N)."""
+    vanilla, of linear layers alone. Inputs are compressed in their last mode, as ours are (r1 = B, r2 = N). LoRA's
+    frozen weights need no subspace iteration, and no inputs but those of qkv; its adapters are not counted."""
     tokens = geometry.tokens(image_size)
     compresses, rows = method in (Method.WASI, Method.ASI), batch * tokens
     train = infer = upkeep = memory = vanilla_memory = 0.0
-    for _, out, inner, rank in _shapes(geometry, ranks):
+    for name, out, inner, rank in _shapes(geometry, ranks):
         r = min(gradient_rank, inner)
         if rank is None:
             forward, backward = rows * out * (2 * inner - 1), rows * inner * (2 * out - 1)
@@ -103,7 +104,7 @@ def paper_count(
             forward = rows * rank * (2 * inner - 1) + rows * out * (2 * rank - 1)
             backward = 2 * rows * rank * (out + inner)
             weights = rank * (out + inner)
-            upkeep += _iteration(out, inner, rank) if method is not Method.HEAD else 0
+            upkeep += _iteration(out, inner, rank) if method in (Method.WASI, Method.WSI) else 0
         infer += forward
         if method is Method.HEAD:
             train += forward
@@ -114,8 +115,11 @@ def paper_count(
             train += forward + backward + 2 * (gradient + inner * out * tokens * batch)
             upkeep += _iteration(inner, rows, r)
             memory += batch * tokens * r + inner * r + weights
+        elif method is Method.LORA:
+            train += forward + backward
+            memory += weights + (rows * inner if name.endswith(".qkv") else 0)
         else:
-            train += forward + backward + (0 if method is Method.LORA else out * inner * (2 * rows - 1))
+            train += forward + backward + out * inner * (2 * rows - 1)
             memory += rows * inner + weights
         vanilla_memory += rows * inner + out * inner
     return {
