@@ -92,6 +92,7 @@ def test_the_svd_step_is_the_best_approximation() -> None:
     left, values, right = torch.linalg.svd(moved)
     best = left[:, :4] @ torch.diag(values[:4]) @ right[:4]
     torch.testing.assert_close(pair.left @ pair.right, best)
+    torch.testing.assert_close(pair.left_inverse, torch.eye(4, dtype=torch.float64))
     assert pair.norm == norm
 
 

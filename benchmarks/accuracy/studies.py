@@ -84,8 +84,9 @@ def embedded_heads(datasets: list[str], repeats: int) -> Iterator[Job]:
     for name in datasets or HEAD_SETS:
         per_class, train, test = HEAD_SETS[name]
         for label, model in (("dense", DENSE_MODEL), ("embedded", "default")):
+            settings = settings_of(HEAD, _subject(model, 168), photos_per_class=per_class, train=train, test=test)
             for split in range(repeats):
-                yield Job(name, label, split, partial(_head_test, name, model, per_class, train, test, split))
+                yield Job(name, label, split, partial(_head_test, name, model, per_class, train, test, split), settings)
 
 
 def _head_test(name: str, model: str, per_class: int | None, train: int, test: int, split: int) -> dict[str, Any]:

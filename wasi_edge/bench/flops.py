@@ -104,7 +104,7 @@ def paper_count(
             forward = rows * rank * (2 * inner - 1) + rows * out * (2 * rank - 1)
             backward = 2 * rows * rank * (out + inner)
             weights = rank * (out + inner)
-            upkeep += _iteration(out, inner, rank) if method in (Method.WASI, Method.WSI) else 0
+            upkeep += _iteration(out, inner, rank) if method.has_factors else 0
         infer += forward
         if method is Method.HEAD:
             train += forward
