@@ -39,8 +39,9 @@ $(VENV)/.stamp-run: $(PACKAGING) $(VENV)/.stamp-torch
 	$(BIN)/python -m pip install --quiet -e .
 	@touch $@
 
+# timm asks for torchvision, whose newest version would bring another torch: the one that is there stays.
 $(VENV)/.stamp-dev: $(PACKAGING) $(VENV)/.stamp-torch
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -e '.[dev]' "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')"
 	@touch $@ $(VENV)/.stamp-run
 
 # Drawn with another seed: the photos that predict sees were not trained on.

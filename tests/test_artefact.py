@@ -14,7 +14,7 @@ from wasi_edge import artefact as module
 from wasi_edge.artefact import (
     ModelConfig,
     is_artefact,
-    is_hugging_face_folder,
+    is_foreign_folder,
     open_artefact,
     read_config,
     write_artefact,
@@ -183,6 +183,6 @@ def test_detection(tmp_path):
     (neither / "config.json").write_text("[]")
     folders = (ours, theirs, neither, tmp_path / "none")
     assert [is_artefact(folder) for folder in folders] == [True, False, False, False]
-    assert [is_hugging_face_folder(folder) for folder in folders] == [False, True, False, False]
+    assert [is_foreign_folder(folder) for folder in folders] == [False, True, False, False]
     with pytest.raises(ArtefactError, match="wasi-edge convert"):
         read_config(theirs)

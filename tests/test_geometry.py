@@ -114,8 +114,8 @@ def test_contradictions_are_refused(change):
 def test_json_round_trip_and_strictness():
     values = json.loads(json.dumps(TINY.to_dict()))
     assert ViTGeometry.from_dict(values) == TINY
-    with pytest.raises(ArtefactError, match="unknown registers"):
-        ViTGeometry.from_dict(values | {"registers": 4})
+    with pytest.raises(ArtefactError, match="unknown windows"):
+        ViTGeometry.from_dict(values | {"windows": 4})
     del values["width"]
     with pytest.raises(ArtefactError, match="width missing"):
         ViTGeometry.from_dict(values)

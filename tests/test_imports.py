@@ -35,7 +35,7 @@ ONLY_FROM = {
 # No torch at any level. In `inference` everything but the torch backend, which others import late.
 TORCH_FREE = (
     "planner", "data", "memory", "artefact", "tensorfile", "preprocess", "errors", "units", "chunks", "keep", "method",
-    "metrics", "report", "inference", "subspace.ranks", "models.geometry", "models.keys_",
+    "metrics", "report", "inference", "subspace.ranks", "models.geometry", "models.keys",
     "bench.synthetic",
 )  # fmt: skip
 TORCH_ALLOWED = ("inference.torch_backend",)

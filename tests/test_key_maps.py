@@ -184,9 +184,9 @@ ZEROS = np.zeros((1, 4, D), np.float32)
 @pytest.mark.parametrize(
     ("kind", "change", "extra", "expected"),
     [
-        ("dinov2", {}, {"embeddings.register_tokens": ZEROS}, "register tokens"),
-        ("dinov2", {"num_register_tokens": 4}, {}, "register tokens"),
-        ("dinov2", {"model_type": "dinov2_with_registers"}, {}, "register tokens"),
+        ("dinov2", {}, {"embeddings.register_tokens": ZEROS}, "do not know: embeddings.register_tokens"),
+        ("dinov2", {"num_register_tokens": 4}, {}, "missing: embeddings.register_tokens"),
+        ("dinov2", {"model_type": "dinov2_with_registers"}, {}, "missing: embeddings.register_tokens"),
         ("dinov2", {"use_swiglu_ffn": True}, {}, "SwiGLU"),
         ("dinov2", {}, {"encoder.layer.0.mlp.weights_in.weight": ZEROS}, "SwiGLU"),
         ("dinov2", {"mlp_ratio": "4"}, {}, "mlp_ratio"),
@@ -200,7 +200,7 @@ ZEROS = np.zeros((1, 4, D), np.float32)
         ("vit", {"hidden_act": "quick_gelu"}, {}, "quick_gelu"),
         ("vit", {"hidden_size": "12"}, {}, "width"),
         ("vit", {"num_attention_heads": 5}, {}, "heads"),
-        ("vit", {"model_type": "swin"}, {}, "'swin' is not supported; supported are dinov2 and vit"),
+        ("vit", {"model_type": "beit"}, {}, "'beit' is not supported; supported are deit, .* and vit"),
         ("vit", {"model_type": ["vit"]}, {}, "not supported"),
     ],
 )
@@ -264,20 +264,17 @@ def test_shards_are_read_through_their_index(tmp_path):
             open_source(folder)
     index.write_text(json.dumps({"weight_map": weight_map}))
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ArtefactError, match="00002"):
+    with pytest.raises(ConversionError, match="00002.*missing; download it again"):
         open_source(folder)
 
 
-def test_pickles_and_empty_folders_are_explained(tmp_path):
+def test_lone_files_and_empty_folders_are_explained(tmp_path):
     folder = folder_of(tmp_path / "model", "vit")
     file = folder / "model.safetensors"
     with pytest.raises(ConversionError, match="give the folder"):
         open_source(file)
     file.unlink()
     with pytest.raises(ConversionError, match="downloaded completely"):
-        open_source(folder)
-    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
-    with pytest.raises(ConversionError, match=r"pytorch_model\.bin, a pickle.*save_pretrained"):
         open_source(folder)
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(ConversionError, match="holds no model"):

@@ -34,6 +34,7 @@ CONFIG_NAME = "config.json"
 DTYPES = ("float32", "float16")
 _CONFIG_LIMIT_BYTES = 10 * 2**20
 _MEANING = ("architecture", "geometry", "linears", "dtype", "preprocessing", "id2label")
+_FOREIGN = ("model_type", "architectures", "architecture")
 _REQUIRED = ("name", "architecture", "geometry", "linears", "dtype", "preprocessing")
 
 
@@ -172,10 +173,10 @@ def is_artefact(folder: str | Path) -> bool:
     return "schema_version" in _peek(Path(folder))
 
 
-def is_hugging_face_folder(folder: str | Path) -> bool:
-    """Whether `folder` holds a Hugging Face model (not whether it is one we can convert)."""
+def is_foreign_folder(folder: str | Path) -> bool:
+    """Whether `folder` holds a model of Hugging Face or timm (not whether it is one we can convert)."""
     config = _peek(Path(folder))
-    return "schema_version" not in config and ("model_type" in config or "architectures" in config)
+    return "schema_version" not in config and any(key in config for key in _FOREIGN)
 
 
 def read_config(folder: str | Path) -> ModelConfig:

@@ -59,7 +59,8 @@ _HEIF_LOCK = threading.Lock()
 class Preprocessing:
     """How a photo becomes a model's input: lengths in pixels; mean and std per channel, on the 0..1 scale.
 
-    `crop_fraction` is the part of the shrunk short side that the model sees (1.0: all of it).
+    `crop_fraction` is the part of the shrunk short side that the model sees (1.0: all of it). `squash`: a photo is made
+    square by scaling its sides differently, instead of losing what is beyond the middle.
     Raises `ArtefactError` on values that make no sense, whichever way it is built.
     """
 
@@ -68,6 +69,7 @@ class Preprocessing:
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    squash: bool = False
 
     def __post_init__(self) -> None:
         _require_int("image_size", self.image_size, 8, 2048)
@@ -76,6 +78,8 @@ class Preprocessing:
             raise ArtefactError(f"interpolation must be one of {sorted(_RESAMPLING)}: {self.interpolation!r}")
         _three("mean", self.mean, -1e6)
         _three("std", self.std, 1e-6)
+        if type(self.squash) is not bool:
+            raise ArtefactError(f"preprocessing: squash must be true or false, found {self.squash!r}")
 
     @property
     def resize_side(self) -> int:
@@ -102,22 +106,34 @@ class Preprocessing:
     @classmethod
     def plain_vit(cls, image_size: int = 224) -> Preprocessing:
         """What Hugging Face assumes for a ViT that comes without a preprocessor file."""
-        return cls(image_size, 1.0, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        return cls(image_size, 1.0, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), squash=True)
+
+    @classmethod
+    def from_timm(cls, d: dict[str, Any]) -> Preprocessing:
+        """Read a `pretrained_cfg`, as timm's configurations on the hub hold it. Raises `ArtefactError`."""
+        size = d.get("input_size", [3, 224, 224])
+        if not isinstance(size, list | tuple) or len(size) != 3 or size[1] != size[2]:
+            raise ArtefactError(f"pretrained_cfg: input_size should be [3, S, S], found {size!r}")
+        crop = _require_number("crop_pct", d.get("crop_pct", 0.875), 0.25, 1.0)
+        mean = _three("mean", d.get("mean", cls.mean), -1e6)
+        std = _three("std", d.get("std", cls.std), 1e-6)
+        squash = d.get("crop_mode", "center") == "squash"
+        return cls(size[1], crop, str(d.get("interpolation", "bicubic")), mean, std, squash)
 
     @classmethod
     def from_hugging_face(cls, d: dict[str, Any] | None) -> Preprocessing:
-        """Read a `preprocessor_config.json` (None: there is no such file). Raises `ArtefactError`.
-
-        We deviate in one point: where the file asks to squash a photo to height x width, ours keeps its
-        proportions and takes the middle square.
-        """
+        """Read a `preprocessor_config.json` (None: there is no such file). Raises `ArtefactError`."""
         if d is None:
             return cls.plain_vit()
         if not isinstance(d, dict):
             raise ArtefactError(f"preprocessor_config.json: expected an object, found {type(d).__name__}")
-        resize_side = _square("size", d.get("size", 224))
+        size = d.get("size", 224)
+        resize_side = _square("size", size)
         image_size = resize_side
-        if d.get("do_center_crop", "crop_size" in d):
+        # ViT's and Swin's processors take one number for both sides
+        is_cropped = d.get("do_center_crop", "crop_size" in d)
+        squash = not (is_cropped or (isinstance(size, dict) and "shortest_edge" in size))
+        if is_cropped:
             image_size = _square("crop_size", d.get("crop_size", resize_side))
         elif d.get("crop_pct") and resize_side < 384:  # ConvNeXT's files: enlarge first, then crop to `size`
             resize_side = round(image_size / _require_number("crop_pct", d["crop_pct"], 0.25, 1.0))
@@ -130,7 +146,8 @@ class Preprocessing:
         gain = 255 * _require_number("rescale_factor", factor, 1e-6, 1.0)
         mean = _three("image_mean", [value / gain for value in mean], -1e6)
         std = _three("image_std", [value / gain for value in std], 1e-6)
-        return cls(image_size, min(1.0, image_size / resize_side), _RESAMPLING_OF_CODE[resample], mean, std)
+        crop = min(1.0, image_size / resize_side)
+        return cls(image_size, crop, _RESAMPLING_OF_CODE[resample], mean, std, squash)
 
 
 def _require_number(name: str, value: Any, low: float, high: float) -> float:
@@ -355,13 +372,17 @@ def _rgb(band: Image.Image, full_scale: float) -> Image.Image:
 
 
 def shrink(img: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """uint8 (h, w, 3): short side `resize_side`, long side in proportion but cut to 2 * `resize_side`.
+    """uint8 (h, w, 3): short side `resize_side`, long side in proportion but cut to 2 * `resize_side`; both as long
+    where photos are squashed.
 
     Antialiased. Only the part that is kept is resized, so a panorama costs no more than a photo.
     """
     side = preprocessing.resize_side
+    if preprocessing.squash:
+        resized = img.resize((side, side), _RESAMPLING[preprocessing.interpolation])
+        return np.array(resized.convert("RGB"), dtype=np.uint8)
     short, long = sorted(img.size)
-    full = max(side, round(long * side / short))
+    full = max(side, long * side // short)  # rounded down, as torchvision, timm and Hugging Face do
     kept = min(full, 2 * side)
     start = (full - kept) // 2 * long / full
     stop = min(float(long), start + kept * long / full)

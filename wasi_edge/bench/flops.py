@@ -45,7 +45,7 @@ def step_flops(
     """Of `method` with an effective batch of `batch`; `ranks` None where dense. AdamW of dense weights counts nothing:
     it is no product. With `checkpointed` every block runs forward twice."""
     tokens = geometry.tokens(image_size)
-    patches = tokens - int(geometry.class_token)
+    patches = tokens - geometry.leading_tokens
     stem = 2 * patches * geometry.channels * geometry.patch_size**2 * geometry.width
     read = geometry.read_tokens(tokens)
     # one product of all heads, in blocks whose tokens all ask and in the last

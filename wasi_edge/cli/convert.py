@@ -29,7 +29,11 @@ class StoredType(enum.StrEnum):
 
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A Hugging Face folder, or a model made by wasi-edge.")
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder or file of Hugging Face, timm or torchvision, hf:OWNER/NAME, or our own model.",
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the result, new or empty.")],
     epsilon: Annotated[
@@ -52,9 +56,9 @@ def convert(
     require("--epsilon", epsilon, epsilon is None or 0 < epsilon <= 1, "above 0 and at most 1")
     require_empty(out, "empty this one")
     from wasi_edge.conversion.sources import open_source
-    from wasi_edge.models.locate import resolve_model
+    from wasi_edge.models.locate import resolve_source
 
-    with open_source(resolve_model(source)) as dense:
+    with open_source(resolve_source(source)) as dense:
         size = dense.preprocessing.image_size if image_size is None else image_size
         dense.geometry.tokens(size)  # refuses a size that the patches do not divide
         kept = _epsilon(source, dense, epsilon)

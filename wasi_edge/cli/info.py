@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="A run, a model folder, a Hugging Face folder, or 'default'.")],
+    model: Annotated[str, typer.Argument(help="A run, a model folder, a checkpoint of another library, or 'default'.")],
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
     """Describe MODEL: sizes, ranks, labels, preprocessing, origin."""
-    from wasi_edge.models.locate import resolve_model
+    from wasi_edge.models.locate import resolve_source
 
-    result = describe(resolve_model(model))
+    result = describe(resolve_source(model))
     if as_json:
         console.print_json(result)
         return
@@ -67,21 +67,22 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 
 
 def _describe_foreign(folder: Path) -> dict[str, Any]:
-    """A Hugging Face folder: what a conversion would read."""
+    """A checkpoint of another library: what a conversion would read."""
     from wasi_edge.conversion.sources import open_source
 
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")) if folder.is_dir() else [folder]
     with open_source(folder) as source:
         parameters = sum(math.prod(shape) for shape in source.tensor_shapes.values())
         labels = [] if source.id2label is None else [source.id2label[i] for i in sorted(source.id2label)]
         return {
             "folder": str(folder),
-            "kind": "Hugging Face folder, dense",
+            "kind": f"{source.provenance['format']}, dense",
             "name": source.name,
             "geometry": source.geometry.to_dict(),
             "epsilon": None,
             "dense_parameters": parameters,
             "stored_parameters": parameters,
-            "file_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+            "file_bytes": sum(path.stat().st_size for path in files),
             "ranks": dict.fromkeys(source.geometry.linear_shapes()),
             "labels": labels,
             "preprocessing": source.preprocessing.to_dict(),

@@ -17,7 +17,7 @@ from typing import Any
 
 from wasi_edge.errors import ArtefactError, UsageError
 
-FEATURES = ("class", "mean", "class+mean")
+FEATURES = ("class", "mean", "class+mean", "class+distillation")
 _SIZES = ("patch_size", "width", "depth", "heads", "mlp_width", "position_grid", "channels")
 
 
@@ -33,8 +33,11 @@ class ViTGeometry:
     position_grid   g: the stored position table is g x g, resampled to the grid of the input
     channels        colour channels of the input
     class_token     whether a class token precedes the patches
+    registers       tokens between it and the patches, without a position of their own (Darcet et al. 2024;
+                    a distillation token is one)
     features        what the head reads after the last norm: 'class' token, 'mean' of the patches,
-                    or both side by side, class first
+                    or both side by side, class first; 'class+distillation': the class token and the first register
+    pool_first      whether the mean is taken before the last norm instead of after it; for 'mean' alone
     layer_scale     whether each branch is scaled per channel before it is added
     norm_eps        epsilon of the layer norms
 
@@ -52,13 +55,17 @@ class ViTGeometry:
     features: str = "class+mean"
     layer_scale: bool = False
     norm_eps: float = 1e-6
+    registers: int = 0
+    pool_first: bool = False
 
     def __post_init__(self) -> None:
         for name in _SIZES:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ArtefactError(f"geometry: {name} should be a whole number above 0, found {value!r}")
-        for name in ("class_token", "layer_scale"):
+        if type(self.registers) is not int or self.registers < 0:
+            raise ArtefactError(f"geometry: registers should be a whole number, found {self.registers!r}")
+        for name in ("class_token", "layer_scale", "pool_first"):
             if type(getattr(self, name)) is not bool:
                 raise ArtefactError(f"geometry: {name} should be true or false, found {getattr(self, name)!r}")
         if self.width % self.heads:
@@ -67,6 +74,10 @@ class ViTGeometry:
             raise ArtefactError(f"geometry: features should be one of {', '.join(FEATURES)}, found {self.features!r}")
         if "class" in self.features and not self.class_token:
             raise ArtefactError(f"geometry: features {self.features!r} need a class token, the model has none")
+        if self.features == "class+distillation" and not self.registers:
+            raise ArtefactError("geometry: features 'class+distillation' need a register, the model has none")
+        if self.pool_first and self.features != "mean":
+            raise ArtefactError(f"geometry: pool_first goes with features 'mean', found {self.features!r}")
         eps = self.norm_eps
         if type(eps) not in (int, float) or not (math.isfinite(eps) and eps > 0):
             raise ArtefactError(f"geometry: norm_eps should be a number above 0, found {eps!r}")
@@ -78,8 +89,13 @@ class ViTGeometry:
 
     @property
     def feature_width(self) -> int:
-        """F, the input width of the head: D, or 2 D for 'class+mean'."""
-        return 2 * self.width if self.features == "class+mean" else self.width
+        """F, the input width of the head: D, or 2 D where it reads two things side by side."""
+        return 2 * self.width if "+" in self.features else self.width
+
+    @property
+    def leading_tokens(self) -> int:
+        """Tokens before those of the patches."""
+        return int(self.class_token) + self.registers
 
     def grid(self, image_size: int) -> int:
         """Patches along one side of a square image of `image_size` pixels.
@@ -96,17 +112,18 @@ class ViTGeometry:
         return image_size // patch
 
     @property
-    def reads_class_alone(self) -> bool:
-        """Whether the head reads the class token alone: the last block has nothing to do for the others."""
-        return self.features == "class"
+    def queries(self) -> int | None:
+        """How many leading tokens the head reads, if those are all it reads: the last block has nothing to do for the
+        others. None where it reads all."""
+        return {"class": 1, "class+distillation": 2}.get(self.features)
 
     def read_tokens(self, tokens: int) -> int:
-        """Of so many tokens per photo, those that the last norm sees."""
-        return 1 if self.reads_class_alone else tokens
+        """Of so many tokens per photo, those that the last block is asked for."""
+        return self.queries or tokens
 
     def tokens(self, image_size: int) -> int:
-        """Tokens per image, the class token included. Raises UsageError as `grid` does."""
-        return self.grid(image_size) ** 2 + int(self.class_token)
+        """Tokens per image, class token and registers included. Raises UsageError as `grid` does."""
+        return self.grid(image_size) ** 2 + self.leading_tokens
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(O, I) of every linear of the blocks, in the order of the forward pass."""
@@ -135,6 +152,8 @@ class ViTGeometry:
         }
         if self.class_token:
             shapes["class_token"] = (width,)
+        if self.registers:
+            shapes["registers"] = (self.registers, width)
         shapes["position"] = (self.position_grid**2 + int(self.class_token), width)
         for block in range(self.depth):
             prefix = f"blocks.{block}"

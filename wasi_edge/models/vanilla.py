@@ -72,7 +72,9 @@ class VanillaViT(nn.Module):
         patch_inputs = geometry.channels * geometry.patch_size**2
         self.patch_embed = nn.Linear(patch_inputs, geometry.width)
         self.class_token = nn.Parameter(torch.zeros(geometry.width)) if geometry.class_token else None
-        self.position = nn.Parameter(torch.zeros(geometry.tokens(image_size), geometry.width))
+        self.registers = nn.Parameter(torch.zeros(geometry.registers, geometry.width)) if geometry.registers else None
+        positions = geometry.tokens(image_size) - geometry.registers
+        self.position = nn.Parameter(torch.zeros(positions, geometry.width))
         self.blocks = nn.ModuleList(new_block() for _ in range(geometry.depth))
         self.norm = nn.LayerNorm(geometry.width, eps=geometry.norm_eps)
         self.head = nn.Linear(geometry.feature_width, num_classes)
@@ -83,22 +85,25 @@ class VanillaViT(nn.Module):
         grid = side // p
         patches = pixels.view(batch, channels, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)
         x = self.patch_embed(patches.reshape(batch, grid * grid, channels * p * p))
-        first = 0
         if self.class_token is not None:
             x = torch.cat((self.class_token.expand(batch, 1, -1), x), 1)
-            first = 1
         x = x + self.position
+        first = self.geometry.leading_tokens
+        if self.registers is not None:
+            classes = int(self.geometry.class_token)
+            x = torch.cat((x[:, :classes], self.registers.expand(batch, -1, -1), x[:, classes:]), 1)
         for index, block in enumerate(self.blocks):
             is_last = index == len(self.blocks) - 1
-            queries = 1 if is_last and self.geometry.reads_class_alone else None
+            queries = self.geometry.queries if is_last else None
             if self.checkpointed and torch.is_grad_enabled():
                 x = checkpoint(block, x, queries, use_reentrant=False)
             else:
                 x = block(x, queries)
+        if self.geometry.pool_first:
+            return self.norm(x[:, first:].mean(1))
         x = self.norm(x)
-        parts = {"class": [x[:, 0]], "mean": [x[:, first:].mean(1)]}
-        parts["class+mean"] = [x[:, 0], x[:, first:].mean(1)]
-        return torch.cat(parts[self.geometry.features], 1)
+        reads = {"class": lambda: x[:, 0], "distillation": lambda: x[:, 1], "mean": lambda: x[:, first:].mean(1)}
+        return torch.cat([reads[part]() for part in self.geometry.features.split("+")], 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.head(self.features(pixels))

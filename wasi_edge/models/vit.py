@@ -37,24 +37,36 @@ class SavedForward:
 
 
 class Stem:
-    """Photo -> patches -> tokens. `position` (N, D) is already resampled to the input size."""
+    """Photo -> patches -> tokens: the class token, registers (R, D), patches. `position`, of all but the registers, is
+    already resampled to the input size."""
 
-    def __init__(self, patch_size: int, patch_embed: DenseLinear, class_token: Tensor | None, position: Tensor) -> None:
+    def __init__(
+        self,
+        patch_size: int,
+        patch_embed: DenseLinear,
+        class_token: Tensor | None,
+        position: Tensor,
+        registers: Tensor | None = None,
+    ) -> None:
         self.patch_size = patch_size
         self.patch_embed, self.class_token, self.position = patch_embed, class_token, position
+        self.registers = registers
 
     def parameters(self) -> dict[str, Tensor]:
         """By artefact name."""
         named: dict[str, Tensor] = {f"patch_embed.{key}": value for key, value in self.patch_embed.params.items()}
         if self.class_token is not None:
             named["class_token"] = self.class_token
+        if self.registers is not None:
+            named["registers"] = self.registers
         return named | {"position": self.position}
 
     def forward(self, pixels: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
         """(B, C, S, S) -> tokens (B, N, D) and the patches (B * g * g, C * p * p) they were made from."""
         batch, channels, side, _ = pixels.shape
-        p, (tokens, width) = self.patch_size, self.position.shape
+        p, width = self.patch_size, self.position.shape[1]
         grid = side // p
+        tokens = grid * grid + self._first_patch
         patches = run.workspace.take("patches", (batch, grid, grid, channels, p, p), pixels.dtype)
         patches.copy_(pixels.view(batch, channels, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5))
         patches = patches.view(batch * grid * grid, channels * p * p)
@@ -62,22 +74,33 @@ class Stem:
         embedded, _ = self.patch_embed.forward(patches, grid * grid, run, None, out=embedded)
         x = run.workspace.take("block.out", (batch, tokens, width), pixels.dtype)
         x[:, self._first_patch :].copy_(embedded.view(batch, grid * grid, width))
+        x[:, self._first_patch :].add_(self.position[self._classes :])
         if self.class_token is not None:
-            x[:, 0] = self.class_token
-        return x.add_(self.position), patches
+            x[:, 0] = self.class_token + self.position[0]
+        if self.registers is not None:
+            x[:, self._classes : self._first_patch] = self.registers
+        return x, patches
 
     def backward(self, patches: Tensor, dx: Tensor, run: Pass, on_gradients: OnGradients) -> None:
         """Gradients from that of the tokens (B, N, D); photos need none."""
-        root = {"position": dx.sum(0)}
+        summed = dx.sum(0)
+        root = {"position": summed}
+        if self.registers is not None:
+            root["registers"] = summed[self._classes : self._first_patch]
+            root["position"] = torch.cat((summed[: self._classes], summed[self._first_patch :]))
         if self.class_token is not None:
-            root["class_token"] = dx[:, 0].sum(0)
+            root["class_token"] = summed[0].clone()
         on_gradients("", root)
         dpatches = run.workspace.keep("block.branch", dx[:, self._first_patch :], dx.dtype).view(-1, dx.shape[2])
         on_gradients("patch_embed", {"weight": dpatches.t() @ patches, "bias": dpatches.sum(0)})
 
     @property
-    def _first_patch(self) -> int:
+    def _classes(self) -> int:
         return 0 if self.class_token is None else 1
+
+    @property
+    def _first_patch(self) -> int:
+        return self._classes + (0 if self.registers is None else len(self.registers))
 
 
 class VisionTransformer:
@@ -139,8 +162,11 @@ class VisionTransformer:
                 saved_blocks.append(saved)
         batch, tokens, width = x.shape
         name = None if keeps is None else "norm"
-        normed, saved_norm = self.norm.forward(x.view(-1, width), run, name)
-        features = self._pool(normed.view(batch, tokens, width))
+        if self.geometry.pool_first:
+            features, saved_norm = self.norm.forward(self._pool(x), run, name)
+        else:
+            normed, saved_norm = self.norm.forward(x.view(-1, width), run, name)
+            features = self._pool(normed.view(batch, tokens, width))
         if saved_norm is None:
             return features, None
         return features, SavedForward(None if frozen else patches, saved_blocks, saved_norm)
@@ -151,8 +177,8 @@ class VisionTransformer:
         return self.head.forward(self.features(inputs, run)[0], 1, run, None)[0]
 
     def last_tokens(self, inputs: Tensor, run: Pass) -> Tensor:
-        """(B, C, S, S) -> what the last block makes of it (B, n, D), before the last norm; a buffer. n is N, or 1 where
-        the last block of the network is among these and the head reads the class token alone."""
+        """(B, C, S, S) -> what the last block makes of it (B, n, D), before the last norm; a buffer. n is N, or fewer
+        where the last block of the network is among these and the head reads leading tokens alone."""
         x, _ = self._tokens(inputs, run)
         for block in self.blocks:
             x, _ = block.forward(x, run, None)
@@ -162,11 +188,16 @@ class VisionTransformer:
         """Walk back from (B, F). `on_gradients(layer name, gradients)` is called as each layer's are complete."""
         width = self.geometry.width
         shape = len(dfeatures), self.geometry.read_tokens(self.tokens), width
-        dnormed = self._pool_backward(dfeatures, run.workspace.take("gradient", shape, dfeatures.dtype))
-        dx, grads = self.norm.backward(saved.norm, dnormed.view(-1, width), run)
+        dx = run.workspace.take("gradient", shape, dfeatures.dtype)
+        if self.geometry.pool_first:
+            dpooled, grads = self.norm.backward(saved.norm, dfeatures, run)
+            self._pool_backward(dpooled, dx)
+        else:
+            self._pool_backward(dfeatures, dx)
+            dnormed, grads = self.norm.backward(saved.norm, dx.view(-1, width), run)
+            dx.copy_(dnormed.view(shape))
         on_gradients("norm", grads)
         # every block adds its part to this one in place
-        dx = dnormed.copy_(dx.view(shape))
         for block, saved_block in zip(reversed(self._last(len(saved.blocks))), reversed(saved.blocks), strict=True):
             dx, grads = block.backward(saved_block, dx, run)
             on_gradients(block.name, grads)
@@ -182,27 +213,27 @@ class VisionTransformer:
             return self.stem.forward(inputs, run)
         return run.workspace.keep("block.out", inputs, inputs.dtype), None
 
-    @property
-    def _first_patch(self) -> int:
-        return int(self.geometry.class_token)
-
     def _pool(self, normed: Tensor) -> Tensor:
         """(B, N, D) -> (B, F)."""
-        parts = []
-        if self.geometry.features in ("class", "class+mean"):
+        reads, parts = self.geometry.features.split("+"), []
+        if "class" in reads:
             parts.append(normed[:, 0])
-        if self.geometry.features in ("mean", "class+mean"):
-            parts.append(normed[:, self._first_patch :].mean(1))
+        if "distillation" in reads:
+            parts.append(normed[:, 1])
+        if "mean" in reads:
+            parts.append(normed[:, self.geometry.leading_tokens :].mean(1))
         return torch.cat(parts, 1)
 
     def _pool_backward(self, dfeatures: Tensor, dnormed: Tensor) -> Tensor:
         """(B, F) -> (B, N, D), in `dnormed`."""
         width = self.geometry.width
         dnormed.zero_()
-        if self.geometry.features in ("mean", "class+mean"):
-            count = self.tokens - self._first_patch
-            dnormed[:, self._first_patch :] = (dfeatures[:, -width:] / count).unsqueeze(1)
-        if self.geometry.features in ("class", "class+mean"):
+        reads, first = self.geometry.features.split("+"), self.geometry.leading_tokens
+        if "mean" in reads:
+            dnormed[:, first:] = (dfeatures[:, -width:] / (self.tokens - first)).unsqueeze(1)
+        if "distillation" in reads:
+            dnormed[:, 1] = dfeatures[:, -width:]
+        if "class" in reads:
             dnormed[:, 0] = dfeatures[:, :width]
         return dnormed
 
@@ -233,7 +264,7 @@ def build_vit(
     blocks = range(geometry.depth) if blocks is None else blocks
 
     def queries(index: int) -> int | None:
-        return 1 if index == geometry.depth - 1 and geometry.reads_class_alone else None
+        return geometry.queries if index == geometry.depth - 1 else None
 
     return VisionTransformer(
         geometry,
@@ -252,6 +283,7 @@ def build_stem(geometry: ViTGeometry, read: Callable[[str], Tensor], image_size:
         DenseLinear(read("patch_embed.weight"), read("patch_embed.bias")),
         read("class_token") if geometry.class_token else None,
         resample_position(read("position"), geometry, image_size),
+        read("registers") if geometry.registers else None,
     )
 
 
@@ -290,10 +322,9 @@ def build_block(
 
 
 def resample_position(position: Tensor, geometry: ViTGeometry, image_size: int) -> Tensor:
-    """(g*g [+1], D) -> (N, D) at `image_size`, bicubic without antialiasing as Hugging Face's ViT and DINOv2 do;
-    returned as it is where the grid already fits. The class token's row is left alone."""
-    tokens = geometry.tokens(image_size)
-    if position.shape[0] == tokens:
+    """(g*g [+1], D) -> (N - R, D) at `image_size`, R registers having none: bicubic without antialiasing as Hugging
+    Face's ViT and DINOv2 do; returned as it is where the grid already fits. The class token's row is left alone."""
+    if position.shape[0] == geometry.tokens(image_size) - geometry.registers:
         return position
     first = 1 if geometry.class_token else 0
     side, grid = image_size // geometry.patch_size, geometry.position_grid

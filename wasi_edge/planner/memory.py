@@ -86,8 +86,8 @@ def kept_bytes(load: Workload, choices: Choices) -> int:
     shape = geometry.width, geometry.mlp_width, geometry.heads, rank
     counts = choices.count_keeps()
     kept = sum(count * kept_bytes_per_token(keep, *shape) for keep, count in counts.items())
-    if geometry.reads_class_alone:
-        last, read = choices.keeps()[-1], 1 / load.tokens
+    if geometry.queries:
+        last, read = choices.keeps()[-1], geometry.queries / load.tokens
         kept += kept_bytes_per_token(last, *shape, read) - kept_bytes_per_token(last, *shape)
     rebuilt = max((rebuilt_bytes_per_token(keep, *shape) for keep in counts), default=0)
     return math.ceil(kept + rebuilt) + FLOAT * choices.gradient_rank
@@ -210,7 +210,7 @@ def vanilla_items(load: Workload, choices: Choices) -> list[Item]:
     micro_batch = choices.micro_batch
     tokens = micro_batch * load.tokens
     kept = tokens * per_block * geometry.depth * FLOAT
-    if geometry.reads_class_alone:
+    if geometry.queries:
         kept -= tokens * (2 * m + 3 * d) * FLOAT  # of the last block, those of the MLP and of the attention's output
     at_work = tokens * transient * FLOAT
     items = [

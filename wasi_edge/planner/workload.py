@@ -110,7 +110,7 @@ class Workload:
                     others[block] += count
             elif name == "position":
                 stem += self.tokens * self.geometry.width
-            elif name.startswith(("patch_embed", "class_token")):
+            elif name.startswith(("patch_embed", "class_token", "registers")):
                 stem += count
             else:
                 top += count

@@ -1,0 +1,121 @@
+"""Our networks against those of timm, transformers and torchvision: the same random checkpoint, the same logits.
+
+Every parameter is random, norms, biases and LayerScale too: none may be ignored or put elsewhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from real_libraries import perturbed, timm, torchvision_models, transformers
+
+from wasi_edge.conversion.sources import DenseSource, open_source
+from wasi_edge.layers.saving import Pass
+from wasi_edge.models.vanilla import build_vanilla
+from wasi_edge.models.vit import build_vit
+
+CLASSES = 7
+TIMM = [
+    "vit_tiny_patch16_224",
+    "vit_small_patch16_224",
+    "vit_base_patch16_224",
+    "vit_base_patch32_224",
+    "deit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "vit_small_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+]
+SMALL = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "image_size": 56,
+    "patch_size": 14,
+    "num_labels": CLASSES,
+}
+HUGGING_FACE = {
+    "ViT": {"intermediate_size": 80},
+    "DeiT": {"intermediate_size": 80},
+    "DeiT WithTeacher": {"intermediate_size": 80},
+    "Dinov2": {"mlp_ratio": 2},
+    "Dinov2WithRegisters": {"mlp_ratio": 2, "num_register_tokens": 3},
+}
+
+
+def read_as(source: DenseSource, dtype: torch.dtype) -> Any:
+    return lambda name: torch.from_numpy(source.read(name)).to(dtype)
+
+
+def explicit_logits(source: DenseSource, pixels: torch.Tensor) -> torch.Tensor:
+    """Of the engine, with dense linears."""
+    geometry = source.geometry
+    ranks = dict.fromkeys(geometry.linear_shapes())
+    model = build_vit(geometry, ranks, read_as(source, pixels.dtype), pixels.shape[-1], head=True)
+    return model.logits(pixels, Pass())
+
+
+def autograd_logits(source: DenseSource, pixels: torch.Tensor) -> torch.Tensor:
+    """Of the plain `nn.Module`."""
+    read = read_as(source, pixels.dtype)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(pixels.dtype)
+    try:
+        model = build_vanilla(source.geometry, read, pixels.shape[-1], source.num_classes or 0)
+    finally:
+        torch.set_default_dtype(default)
+    model.head.weight.copy_(read("head.weight"))
+    model.head.bias.copy_(read("head.bias"))
+    return model(pixels)
+
+
+def far(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def check(path: Path, model: Any, logits: Any, size: int) -> None:
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad(), open_source(path) as source:
+        assert source.num_classes == CLASSES
+        expected = logits(model, pixels)
+        assert far(explicit_logits(source, pixels), expected) < 1e-5
+        assert far(autograd_logits(source, pixels), expected) < 1e-5
+        exact = logits(model.double(), pixels.double())
+        assert far(explicit_logits(source, pixels.double()), exact) < 1e-10
+        assert far(autograd_logits(source, pixels.double()), exact) < 1e-10
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timms_logits(tmp_path, name):
+    size = 84 if "dinov2" in name else 224
+    more = {"img_size": size} if "dinov2" in name else {}
+    model = perturbed(timm().create_model(name, num_classes=CLASSES, **more))
+    path = tmp_path / f"{name}.safetensors"
+    safetensors.torch.save_file(model.state_dict(), path)
+    check(path, model, lambda model, pixels: model(pixels), size)
+
+
+def test_a_network_that_pools_before_its_norm(tmp_path):
+    model = perturbed(timm().create_model("vit_tiny_patch16_224", num_classes=CLASSES, global_pool="avg"))
+    assert "fc_norm.weight" in model.state_dict()
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "pooled.safetensors")
+    check(tmp_path / "pooled.safetensors", model, lambda model, pixels: model(pixels), 224)
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_faces_logits(tmp_path, name):
+    library = transformers()
+    family, _, ending = name.partition(" ")
+    config = getattr(library, f"{family}Config")(**SMALL, **HUGGING_FACE[name])
+    model = perturbed(getattr(library, f"{family}ForImageClassification{ending}")(config))
+    model.save_pretrained(tmp_path / "model")
+    check(tmp_path / "model", model, lambda model, pixels: model(pixels).logits, 56)
+
+
+def test_torchvisions_logits(tmp_path):
+    model = perturbed(torchvision_models().vit_b_32(num_classes=CLASSES))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "vit_b_32.safetensors")
+    check(tmp_path / "vit_b_32.safetensors", model, lambda model, pixels: model(pixels), 224)

@@ -1,0 +1,187 @@
+"""Files of foreign checkpoints, opened as tensors by key: safetensors, whole or in shards, and pickles.
+
+Safetensors are read without torch. A pickle can run any code when it is loaded; torch's restricted loader has had
+ways around its restriction up to 2.9 (CVE-2025-32434, CVE-2026-24747), so it is taken from 2.10 on, and never falls
+back to loading freely. Pickles of torch 1.6 and later are mapped, and their pages leave as tensors are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from wasi_edge.artefact import TENSORS_NAME, read_json_object
+from wasi_edge.errors import ArtefactError, ConversionError
+from wasi_edge.memory.pages import drop_pages
+from wasi_edge.tensorfile import TensorFile
+
+INDEX_NAME = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".tar")
+_OLDEST_TORCH = (2, 10)
+# what training scripts wrap a state dict in
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "module")
+Array = np.ndarray[Any, Any]
+
+
+class Tensors(Protocol):
+    """An open file of tensors: iterate over its keys."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+
+    def stored_dtype(self, name: str) -> str:
+        """The dtype on disk, in safetensors' words."""
+
+    def read(self, name: str, dtype: DTypeLike | None = None) -> Array:
+        """One tensor in a fresh array."""
+
+
+class PickledTensors:
+    """A state dict in a pickle of torch. Raises ConversionError for anything else, and for an old torch."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        loaded, self._is_mapped = _load(path)
+        state = _state_dict(loaded, path)
+        self._tensors: dict[str, Any] = {key.removeprefix("module."): value for key, value in state.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return tuple(self._tensors[name].shape)
+
+    def stored_dtype(self, name: str) -> str:
+        """The dtype on disk, in safetensors' words."""
+        dtype = str(self._tensors[name].dtype).removeprefix("torch.")
+        return {"bfloat16": "BF16"}.get(dtype, dtype.replace("float", "F").replace("uint", "U").replace("int", "I"))
+
+    def read(self, name: str, dtype: DTypeLike | None = None) -> Array:
+        """One tensor in a fresh float32 array, of floating-point numbers only."""
+        tensor = self._tensors[name]
+        if not tensor.is_floating_point():
+            raise ConversionError(f"{self._path}: {name} holds {tensor.dtype} numbers; expected floating-point ones")
+        result = tensor.float().numpy().astype(np.float32, copy=True)
+        # nobody wrote to it, so what is mapped is what the file holds; of a file read as a whole nothing may be dropped
+        if self._is_mapped:
+            drop_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        return result
+
+
+def open_folder(folder: Path, stack: ExitStack) -> dict[str, Tensors]:
+    """Key -> the file of `folder` that holds it, safetensors if there are any; closed by `stack`.
+
+    Raises ConversionError where nothing usable is there.
+    """
+    if (folder / TENSORS_NAME).exists():
+        return open_file(folder / TENSORS_NAME, stack)
+    if (folder / INDEX_NAME).exists():
+        return _open_shards(folder, stack)
+    pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if len(pickles) == 1:
+        return open_file(pickles[0], stack)
+    if pickles:
+        raise ConversionError(f"{folder} holds several pickles and no {TENSORS_NAME}; name one of them")
+    raise ConversionError(f"{folder} holds no {TENSORS_NAME}; was it downloaded completely?")
+
+
+def open_file(path: Path, stack: ExitStack) -> dict[str, Tensors]:
+    """Key -> the one file, by its ending. Raises ConversionError or ArtefactError for what cannot be read."""
+    tensors: Tensors
+    if path.suffix == ".safetensors":
+        tensors = stack.enter_context(TensorFile(path))
+    elif path.suffix in PICKLE_SUFFIXES:
+        tensors = PickledTensors(path)
+    else:
+        endings = ", ".join((".safetensors", *PICKLE_SUFFIXES))
+        raise ConversionError(f"{path} is no checkpoint by its name; expected one that ends in {endings}")
+    return dict.fromkeys(tensors, tensors)
+
+
+def shapes_of(files: Mapping[str, Tensors]) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of every tensor of floating-point numbers; others (buffers of indices) are no weights."""
+    found = {}
+    for key, file in files.items():
+        code = file.stored_dtype(key)
+        if code in ("F16", "F32", "F64", "BF16"):
+            found[key] = file.shape(key)
+        elif not re.search(r"relative_position_index$|num_batches_tracked$", key):
+            raise ConversionError(f"{key} holds {code} numbers; expected 16- to 64-bit floating-point ones")
+    return found
+
+
+def _open_shards(folder: Path, stack: ExitStack) -> dict[str, Tensors]:
+    weight_map = read_json_object(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ConversionError(f"{folder / INDEX_NAME}: weight_map should name a file for each tensor")
+    names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ConversionError(f"{folder / INDEX_NAME}: {outside[0]!r} is not a file name in the same folder")
+    if absent := [name for name in names if not (folder / name).exists()]:
+        raise ConversionError(f"{folder}: {absent[0]}, which {INDEX_NAME} names, is missing; download it again")
+    files = [stack.enter_context(TensorFile(folder / name)) for name in names]
+    found = [key for file in files for key in file]
+    if sorted(found) != sorted(weight_map):
+        raise ConversionError(
+            f"{folder / INDEX_NAME} names {len(weight_map)} tensors, its files hold {len(found)} or others; "
+            "was everything downloaded?"
+        )
+    return {key: file for file in files for key in file}
+
+
+def _load(path: Path) -> tuple[Any, bool]:
+    """What the pickle holds, and whether its tensors are mapped from the file."""
+    import pickle
+
+    import torch
+
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < _OLDEST_TORCH:
+        raise ConversionError(
+            f"{path.name} is a pickle, which torch {torch.__version__} cannot load safely (CVE-2026-24747 lets it run "
+            "code); install torch 2.10 or newer, or get the model as .safetensors"
+        )
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True), True
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True), False  # the format before torch 1.6
+    except pickle.UnpicklingError as error:
+        raise ConversionError(
+            f"{path} asks to run code or holds more than tensors, and is refused; save its state dict alone, "
+            "best as .safetensors"
+        ) from error
+    except OSError as error:
+        raise ArtefactError(f"{path}: cannot be read ({error.strerror or 'damaged'})") from error
+    except Exception as error:  # damaged archives raise nearly anything
+        raise ArtefactError(f"{path}: no checkpoint of torch ({_first_line(error)})") from error
+
+
+def _state_dict(loaded: Any, path: Path) -> dict[str, Any]:
+    import torch
+
+    for _ in range(2):
+        if not isinstance(loaded, dict):
+            break
+        if loaded and all(isinstance(value, torch.Tensor) for value in loaded.values()):
+            return loaded
+        wrapped = [loaded[name] for name in _WRAPPERS if isinstance(loaded.get(name), dict)]
+        if not wrapped:
+            break
+        loaded = wrapped[0]
+    raise ConversionError(f"{path} holds no state dict (names and tensors, perhaps under {', '.join(_WRAPPERS[:3])})")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

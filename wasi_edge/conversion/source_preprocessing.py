@@ -1,0 +1,54 @@
+"""How the source of a checkpoint prepares photos: from its own files, or what is known of its layout.
+
+Hugging Face    preprocessor_config.json, else the default of the architecture
+timm folder     pretrained_cfg in config.json
+state dicts     nothing is said, so what the library's usual weights of the layout were trained with
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from wasi_edge.artefact import read_json_object
+from wasi_edge.errors import ArtefactError, ConversionError
+from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.preprocess import Preprocessing
+
+PREPROCESSOR_NAME = "preprocessor_config.json"
+_HALF = (0.5, 0.5, 0.5)
+
+
+def preprocessing_of(
+    path: Path, config: Mapping[str, Any], geometry: ViTGeometry, key_map: ModuleType
+) -> Preprocessing:
+    """For the model at `path`, at an input size that its patches divide. Raises ConversionError."""
+    try:
+        result = _stated(path, config) or _usual(path, config, geometry, key_map)
+    except ArtefactError as error:
+        raise ConversionError(f"{path}: {error}") from error
+    # A remainder smaller than a patch is cut off, as the convolution of the patch embedding does.
+    size = result.image_size // geometry.patch_size * geometry.patch_size
+    return result if size == result.image_size else result.with_image_size(max(size, geometry.patch_size))
+
+
+def _stated(path: Path, config: Mapping[str, Any]) -> Preprocessing | None:
+    if path.is_dir() and (path / PREPROCESSOR_NAME).exists():
+        return Preprocessing.from_hugging_face(read_json_object(path / PREPROCESSOR_NAME))
+    trained = config.get("pretrained_cfg")
+    return Preprocessing.from_timm(trained) if isinstance(trained, dict) else None
+
+
+def _usual(path: Path, config: Mapping[str, Any], geometry: ViTGeometry, key_map: ModuleType) -> Preprocessing:
+    size = geometry.position_grid * geometry.patch_size
+    if "model_type" in config:
+        return Preprocessing() if geometry.layer_scale else Preprocessing.plain_vit(size)
+    usual = Preprocessing(image_size=size)  # torchvision's, and of DeiT and DINOv2
+    if key_map.NAME.startswith("torchvision"):
+        return replace(usual, interpolation="bilinear")
+    if geometry.layer_scale or geometry.features == "class+distillation" or "deit" in path.name.lower():
+        return replace(usual, crop_fraction=1.0 if geometry.layer_scale else 0.9)
+    return replace(usual, crop_fraction=0.9, mean=_HALF, std=_HALF)
