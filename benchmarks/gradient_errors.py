@@ -32,7 +32,7 @@ from wasi_edge.bench.gradient import (
 from wasi_edge.bench.subject import find_subject
 from wasi_edge.keep import COMPACT, EXACT, Keep, Rebuild
 from wasi_edge.models.locate import resolve_model
-from wasi_edge.models.vit import VisionTransformer, build_vit
+from wasi_edge.models.network import VisionTransformer, build_network
 from wasi_edge.training.factor_update import stochastic_round
 
 # name: what blocks keep, gradient rank, bits of the factors
@@ -97,7 +97,7 @@ def network(name: str, bits: int) -> VisionTransformer:
             value *= 1.0003
             return value if bits == 32 else stochastic_round(value, torch.empty_like(value, dtype=torch.half), noise)
 
-        return build_vit(config.geometry, config.linears, read, config.preprocessing.image_size, head=False)
+        return build_network(config.geometry, config.linears, read, config.preprocessing.image_size, head=False)
 
 
 def relative(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> float:

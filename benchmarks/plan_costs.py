@@ -36,7 +36,7 @@ def main() -> int:
     from wasi_edge.artefact import open_artefact
     from wasi_edge.keep import COMPACT, EXACT, Keep, Rebuild
     from wasi_edge.models.locate import resolve_model
-    from wasi_edge.models.vit import build_vit
+    from wasi_edge.models.network import build_network
     from wasi_edge.training.trainer import Recipe, SubspaceTrainer
 
     torch.set_grad_enabled(False)
@@ -57,7 +57,7 @@ def main() -> int:
                 "head.weight": torch.zeros(CLASSES, geometry.feature_width),
                 "head.bias": torch.zeros(CLASSES),
             }
-            model = build_vit(geometry, artefact.config.linears, read, options.image_size, head=True)
+            model = build_network(geometry, artefact.config.linears, read, options.image_size, head=True)
         recipe, keeps = Recipe(1e-6, 1e-6, 1e-6, 0.0, 1.0, 0.1), [keep] * geometry.depth
         return SubspaceTrainer(model, recipe, keeps, GRADIENT_RANK, 0, None, carry_grams)
 

@@ -23,7 +23,7 @@ from wasi_edge.bench.subject import find_subject
 from wasi_edge.keep import COMPACT, kept_bytes_per_token
 from wasi_edge.layers.linear import Linear, SubspaceLinear
 from wasi_edge.layers.saving import Pass
-from wasi_edge.models.vit import build_vit
+from wasi_edge.models.network import build_network
 from wasi_edge.subspace import tucker
 
 SHARES = (0.75, 0.5, 0.25)
@@ -39,7 +39,7 @@ def main() -> int:
     torch.set_grad_enabled(False)
     subject = find_subject(options.model)
     sample = load_sample(options.photos, subject.preprocessing, 340)
-    network = build_vit(subject.geometry, subject.ranks(0.8), subject.reader(0.8), subject.image_size, head=False)
+    network = build_network(subject.geometry, subject.ranks(0.8), subject.reader(0.8), subject.image_size, head=False)
     head = closed_form_head(network, sample)
     start(network, options.rank)
     *warm_up, last = sample.batches(1)[: WARM_UP + 1]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from wasi_edge.models.geometry import ViTGeometry
-from wasi_edge.models.vit import VisionTransformer, build_vit
+from wasi_edge.models.geometry_swin import SwinGeometry
+from wasi_edge.models.network import VisionTransformer, build_network
 
 TINY = ViTGeometry(
     patch_size=4, width=24, depth=2, heads=3, mlp_width=40, position_grid=4, layer_scale=True, features="class+mean"
@@ -16,7 +17,7 @@ TINY = ViTGeometry(
 
 
 def random_tensors(
-    geometry: ViTGeometry,
+    geometry: ViTGeometry | SwinGeometry,
     rank: int | None = 6,
     num_classes: int | None = 3,
     seed: int = 0,
@@ -56,7 +57,7 @@ def random_vit(
 ) -> VisionTransformer:
     """A random network with a classifier of three classes."""
     ranks, tensors = random_tensors(geometry, rank, seed=seed, dtype=dtype)
-    return build_vit(geometry, ranks, lambda name: tensors[name].clone(), image_size, head=True)
+    return build_network(geometry, ranks, lambda name: tensors[name].clone(), image_size, head=True)
 
 
 def dense_reader(tensors: dict[str, Tensor]):

@@ -29,8 +29,8 @@ from wasi_edge.layers.linear import LinearKinds
 from wasi_edge.layers.saving import Pass
 from wasi_edge.method import Method
 from wasi_edge.models.lora import build_lora
+from wasi_edge.models.network import build_network
 from wasi_edge.models.vanilla import build_vanilla
-from wasi_edge.models.vit import build_vit
 
 RANK, GRADIENT_RANK, SIZE, BATCH, CLASSES = 6, 5, 16, 4, 3
 TOKENS = TINY.tokens(SIZE)
@@ -78,7 +78,7 @@ def test_what_nobody_reads_in_the_last_block_is_neither_done_nor_counted(factore
     counted = step_flops(geometry, SIZE, held, Method.WASI if factored else Method.VANILLA, 0, BATCH)
     scores = 2 * 2 * TOKENS * geometry.width * (TOKENS + 1)  # forward: in the first block of all tokens, then of one
     if factored:
-        model = build_vit(geometry, ranks, tensors.__getitem__, SIZE, head=False)
+        model = build_network(geometry, ranks, tensors.__getitem__, SIZE, head=False)
         with torch.no_grad():
             assert products(lambda: model.features(pixels(), Pass())) == counted.infer - scores
         return
@@ -102,7 +102,7 @@ def test_low_rank_updates_are_counted_as_a_profiler_counts_them():
 @pytest.mark.parametrize("method", [Method.WASI, Method.ASI])
 def test_the_passes_of_the_explicit_engine_are_counted_as_a_profiler_counts_them(method):
     ranks, tensors = random_tensors(TINY, RANK if method.has_factors else None, CLASSES, dtype=torch.float32)
-    model = build_vit(TINY, ranks, tensors.__getitem__, SIZE, head=False, kinds=LinearKinds.of(method))
+    model = build_network(TINY, ranks, tensors.__getitem__, SIZE, head=False, kinds=LinearKinds.of(method))
     generator = torch.Generator().manual_seed(0)
     for linear in model.linears().values():
         linear.start_training(GRADIENT_RANK, TOKENS, generator)
@@ -205,7 +205,7 @@ def test_synthetic_ranks_exist_for_the_known_epsilons_alone():
 
 def test_a_complete_basis_has_no_error_and_a_larger_rank_a_smaller_one():
     ranks, tensors = random_tensors(TINY, RANK, CLASSES, dtype=torch.float32)
-    build = lambda: build_vit(TINY, ranks, tensors.__getitem__, SIZE, head=False)  # noqa: E731
+    build = lambda: build_network(TINY, ranks, tensors.__getitem__, SIZE, head=False)  # noqa: E731
     generator = torch.Generator().manual_seed(0)
     sample = Sample(torch.randn(300, 3, SIZE, SIZE, generator=generator), torch.arange(300) % CLASSES)
     with torch.no_grad():

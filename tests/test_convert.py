@@ -22,8 +22,9 @@ from wasi_edge.conversion.walk import Walk, _Stages
 from wasi_edge.errors import ArtefactError, ConversionError
 from wasi_edge.layers.saving import Pass
 from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models.network import build_network
 from wasi_edge.models.vanilla import build_vanilla
-from wasi_edge.models.vit import build_vit, resample_position
+from wasi_edge.models.vit import resample_position
 from wasi_edge.preprocess import Preprocessing, center_view, normalise, open_photo, shrink
 
 GEOMETRY = ViTGeometry(patch_size=4, width=24, depth=3, heads=3, mlp_width=48, position_grid=4, layer_scale=True)
@@ -130,7 +131,7 @@ def features(folder: Path) -> Tensor:
         def read(name: str) -> Tensor:
             return torch.from_numpy(artefact.tensors.read(name, np.float32))
 
-        model = build_vit(config.geometry, config.linears, read, SIZE, head=False)
+        model = build_network(config.geometry, config.linears, read, SIZE, head=False)
         return model.features(pixels(config.preprocessing), Pass())[0]
 
 
@@ -210,8 +211,8 @@ def test_in_the_mean_every_layer_gives_what_the_dense_one_gives(source, tmp_path
     config = convert(source, tmp_path / "out", Settings(epsilon=0.5, image_size=SIZE, always_factor=True), CALIBRATION)
     named = {key: torch.from_numpy(value) for key, value in stored(tmp_path / "out").items()}
     read = lambda name: torch.from_numpy(source.read(name))  # noqa: E731
-    dense = build_vit(GEOMETRY, dict.fromkeys(GEOMETRY.linear_shapes()), read, SIZE, head=False)
-    ours = build_vit(GEOMETRY, config.linears, named.__getitem__, SIZE, head=False)
+    dense = build_network(GEOMETRY, dict.fromkeys(GEOMETRY.linear_shapes()), read, SIZE, head=False)
+    ours = build_network(GEOMETRY, config.linears, named.__getitem__, SIZE, head=False)
     streams = [model.stem.forward(pixels(source.preprocessing), Pass())[0].half().float() for model in (dense, ours)]
     for blocks in zip(dense.blocks, ours.blocks, strict=True):
         outputs = []
@@ -228,7 +229,7 @@ def test_in_the_mean_every_layer_gives_what_the_dense_one_gives(source, tmp_path
 @torch.no_grad()
 def test_the_parts_of_a_block_make_the_block(source):
     read = lambda name: torch.from_numpy(source.read(name))  # noqa: E731
-    dense = build_vit(GEOMETRY, dict.fromkeys(GEOMETRY.linear_shapes()), read, SIZE, head=False)
+    dense = build_network(GEOMETRY, dict.fromkeys(GEOMETRY.linear_shapes()), read, SIZE, head=False)
     tokens = dense.stem.forward(pixels(source.preprocessing), Pass())[0].half()
     stages = _Stages(dense.blocks[0], tokens, Pass())
     expected = dense.blocks[0].forward(tokens.float(), Pass(), None)[0]
@@ -411,7 +412,7 @@ def test_the_real_vit_s14_gives_the_same_features_explicitly_and_under_torch(sha
             return torch.from_numpy(source.read(name))
 
         vanilla = build_vanilla(geometry, read, 168, 2).features(batch)
-        explicit, _ = build_vit(geometry, dict.fromkeys(geometry.linear_shapes()), read, 168, head=False).features(
+        explicit, _ = build_network(geometry, dict.fromkeys(geometry.linear_shapes()), read, 168, head=False).features(
             batch, Pass()
         )
     assert vanilla.shape == (2, 768)

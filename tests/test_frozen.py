@@ -21,7 +21,7 @@ from tiny_artefact import write_tiny
 from wasi_edge.errors import Interrupted, WasiEdgeError
 from wasi_edge.keep import COMPACT, EXACT
 from wasi_edge.layers.saving import Pass
-from wasi_edge.models.vit import build_vit
+from wasi_edge.models.network import build_network
 from wasi_edge.training.frozen import TokenFile, cache_tokens
 from wasi_edge.training.trainer import Recipe, SubspaceTrainer
 
@@ -30,9 +30,9 @@ def parts(dtype: torch.dtype = torch.float64):
     """The same network whole, and its first and its last block apart."""
     ranks, values = random_tensors(TINY, dtype=dtype)
     read = lambda name: values[name].clone()  # noqa: E731
-    whole = build_vit(TINY, ranks, read, 16, head=True)
-    first = build_vit(TINY, ranks, read, 16, head=False, blocks=range(1))
-    last = build_vit(TINY, ranks, read, 16, head=True, blocks=range(1, 2))
+    whole = build_network(TINY, ranks, read, 16, head=True)
+    first = build_network(TINY, ranks, read, 16, head=False, blocks=range(1))
+    last = build_network(TINY, ranks, read, 16, head=True, blocks=range(1, 2))
     return whole, first, last
 
 

@@ -8,7 +8,7 @@ import torch
 from models import TINY, multiplied_out, random_tensors
 
 from wasi_edge.keep import COMPACT
-from wasi_edge.models.vit import build_vit
+from wasi_edge.models.network import build_network
 from wasi_edge.training.guard import MemoryGuard
 from wasi_edge.training.loop import Progress
 from wasi_edge.training.trainer import Recipe, SubspaceTrainer
@@ -31,7 +31,7 @@ class Recorder:
 
 def small_trainer() -> SubspaceTrainer:
     ranks, tensors = random_tensors(TINY, 6, 3, dtype=torch.float32)
-    model = build_vit(TINY, ranks, tensors.__getitem__, 16, head=True)
+    model = build_network(TINY, ranks, tensors.__getitem__, 16, head=True)
     return SubspaceTrainer(model, Recipe(1e-3, 1e-3, 1e-3, 0.01, 2.0, 0.1), [COMPACT] * TINY.depth, 5, 0)
 
 

@@ -7,7 +7,7 @@ import torch
 from models import TINY, random_tensors
 
 from wasi_edge.keep import EXACT
-from wasi_edge.models.vit import build_vit
+from wasi_edge.models.network import build_network
 from wasi_edge.training.factor_update import stochastic_round
 from wasi_edge.training.trainer import Recipe, SubspaceTrainer
 
@@ -55,7 +55,7 @@ def trainer(bits: int, seed: int = 0) -> SubspaceTrainer:
     ranks, tensors = random_tensors(TINY, 6, 3, dtype=torch.float32)
     if bits == 16:
         tensors = {key: v.half() if key.endswith((".left", ".right")) else v for key, v in tensors.items()}
-    model = build_vit(TINY, ranks, {k: v.clone() for k, v in tensors.items()}.__getitem__, 16, head=True)
+    model = build_network(TINY, ranks, {k: v.clone() for k, v in tensors.items()}.__getitem__, 16, head=True)
     return SubspaceTrainer(model, RECIPE, [EXACT] * TINY.depth, 5, seed, carry_grams=bits == 32)
 
 

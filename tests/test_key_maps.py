@@ -16,7 +16,7 @@ import torch
 
 from wasi_edge.artefact import ModelConfig, write_artefact
 from wasi_edge.conversion.sources import open_source
-from wasi_edge.errors import ArtefactError, ConversionError
+from wasi_edge.errors import ConversionError
 from wasi_edge.models import keys_dinov2, keys_vit
 from wasi_edge.preprocess import Preprocessing
 
@@ -264,7 +264,7 @@ def test_shards_are_read_through_their_index(tmp_path):
             open_source(folder)
     index.write_text(json.dumps({"weight_map": weight_map}))
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ConversionError, match="00002.*missing; download it again"):
+    with pytest.raises(ConversionError, match=r"00002.*missing; download it again"):
         open_source(folder)
 
 

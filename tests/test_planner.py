@@ -22,8 +22,8 @@ from wasi_edge.keep import Keep, Rebuild
 from wasi_edge.layers.linear import LinearKinds, WasiLinear
 from wasi_edge.method import Method
 from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models.network import build_network
 from wasi_edge.models.vanilla import VanillaViT
-from wasi_edge.models.vit import build_vit
 from wasi_edge.planner.choices import MICRO_BATCHES, RANK_ERRORS, Choices
 from wasi_edge.planner.memory import (
     Item,
@@ -79,7 +79,7 @@ def small_trainer(choices: Choices, method: Method = Method.WASI) -> SubspaceTra
     ranks, tensors = random_tensors(SMALL, rank, 3, dtype=torch.float32)
     if choices.weight_bits == 16:
         tensors = {k: v.half() if k.endswith((".left", ".right")) else v for k, v in tensors.items()}
-    model = build_vit(SMALL, ranks, tensors.__getitem__, 28, head=True, kinds=LinearKinds.of(method))
+    model = build_network(SMALL, ranks, tensors.__getitem__, 28, head=True, kinds=LinearKinds.of(method))
     return SubspaceTrainer(
         model, RECIPE, choices.keeps(), choices.gradient_rank, seed=0, carry_grams=choices.carried_grams
     )
@@ -110,7 +110,7 @@ def bytes_of(items: list[Item], *starts: str) -> int:
 def test_counted_weights_are_those_of_the_real_network(rank, image_size, change):
     geometry = dataclasses.replace(TINY, **change)
     ranks, tensors = random_tensors(geometry, rank, 3, dtype=torch.float32)
-    model = build_vit(geometry, ranks, tensors.__getitem__, image_size, head=True)
+    model = build_network(geometry, ranks, tensors.__getitem__, image_size, head=True)
     linears, others = weight_counts(workload(geometry, rank, image_size))
     parameters = model.parameters()
     assert linears + others == sum(value.numel() for value in parameters.values())
@@ -128,7 +128,7 @@ def test_update_state_is_counted_to_the_byte(gradient_rank):
     ranks["blocks.0.fc1"] = 9
     tensors["blocks.0.fc1.left"], tensors["blocks.0.fc1.right"] = torch.randn(40, 9), torch.randn(9, 24)
     linears = {}
-    for name, linear in build_vit(TINY, ranks, tensors.__getitem__, 16, head=True).linears().items():
+    for name, linear in build_network(TINY, ranks, tensors.__getitem__, 16, head=True).linears().items():
         assert isinstance(linear, WasiLinear)
         linear.start_training(gradient_rank, 17, torch.Generator().manual_seed(0))
         linears[name] = linear
@@ -256,7 +256,7 @@ def test_dense_layers_of_frozen_blocks_are_counted_as_they_are_held():
     ranks = stored
     tensors["blocks.0.fc1.weight"] = torch.randn(384, 96)
     tensors = {key: value.half() if key.endswith((".left", ".right")) else value for key, value in tensors.items()}
-    frozen = build_vit(SMALL, ranks, tensors.__getitem__, 28, head=False, blocks=range(1))
+    frozen = build_network(SMALL, ranks, tensors.__getitem__, 28, head=False, blocks=range(1))
     # with the padding of their ranks
     held = sum(v.untyped_storage().nbytes() for n, v in frozen.parameters().items() if not n.startswith("norm."))
     assert bytes_of(frozen_items(load, choices), "weights") == held

@@ -15,8 +15,8 @@ from real_libraries import perturbed, timm, torchvision_models, transformers
 
 from wasi_edge.conversion.sources import DenseSource, open_source
 from wasi_edge.layers.saving import Pass
+from wasi_edge.models.network import build_network
 from wasi_edge.models.vanilla import build_vanilla
-from wasi_edge.models.vit import build_vit
 
 CLASSES = 7
 TIMM = [
@@ -28,6 +28,8 @@ TIMM = [
     "deit_tiny_distilled_patch16_224",
     "vit_small_patch14_dinov2",
     "vit_small_patch14_reg4_dinov2",
+    "swin_tiny_patch4_window7_224",
+    "swin_small_patch4_window7_224",
 ]
 SMALL = {
     "hidden_size": 48,
@@ -43,6 +45,7 @@ HUGGING_FACE = {
     "DeiT WithTeacher": {"intermediate_size": 80},
     "Dinov2": {"mlp_ratio": 2},
     "Dinov2WithRegisters": {"mlp_ratio": 2, "num_register_tokens": 3},
+    "Swin": {"embed_dim": 12, "depths": [2, 2, 3], "num_heads": [2, 3, 4], "patch_size": 2, "window_size": 7},
 }
 
 
@@ -54,7 +57,7 @@ def explicit_logits(source: DenseSource, pixels: torch.Tensor) -> torch.Tensor:
     """Of the engine, with dense linears."""
     geometry = source.geometry
     ranks = dict.fromkeys(geometry.linear_shapes())
-    model = build_vit(geometry, ranks, read_as(source, pixels.dtype), pixels.shape[-1], head=True)
+    model = build_network(geometry, ranks, read_as(source, pixels.dtype), pixels.shape[-1], head=True)
     return model.logits(pixels, Pass())
 
 
@@ -109,13 +112,17 @@ def test_a_network_that_pools_before_its_norm(tmp_path):
 def test_hugging_faces_logits(tmp_path, name):
     library = transformers()
     family, _, ending = name.partition(" ")
-    config = getattr(library, f"{family}Config")(**SMALL, **HUGGING_FACE[name])
+    sizes = SMALL | HUGGING_FACE[name]
+    if family == "Swin":
+        sizes = {key: value for key, value in sizes.items() if not key.startswith(("hidden", "num_hidden", "num_att"))}
+    config = getattr(library, f"{family}Config")(**sizes)
     model = perturbed(getattr(library, f"{family}ForImageClassification{ending}")(config))
     model.save_pretrained(tmp_path / "model")
     check(tmp_path / "model", model, lambda model, pixels: model(pixels).logits, 56)
 
 
-def test_torchvisions_logits(tmp_path):
-    model = perturbed(torchvision_models().vit_b_32(num_classes=CLASSES))
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "vit_b_32.safetensors")
-    check(tmp_path / "vit_b_32.safetensors", model, lambda model, pixels: model(pixels), 224)
+@pytest.mark.parametrize("name", ["vit_b_32", "swin_t"])
+def test_torchvisions_logits(tmp_path, name):
+    model = perturbed(getattr(torchvision_models(), name)(num_classes=CLASSES))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
+    check(tmp_path / f"{name}.safetensors", model, lambda model, pixels: model(pixels), 224)

@@ -32,8 +32,8 @@ from wasi_edge.layers.linear import WasiLinear
 from wasi_edge.layers.saving import Pass
 from wasi_edge.layers.workspace import Workspace
 from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models.network import build_block, build_network
 from wasi_edge.models.vanilla import VanillaBlock
-from wasi_edge.models.vit import build_block, build_vit
 from wasi_edge.subspace.ranks import is_factored_smaller
 from wasi_edge.training.factor_update import FactorUpdate
 from wasi_edge.training.trainer import Recipe, SubspaceTrainer
@@ -172,7 +172,7 @@ def test_blocks_that_are_recomputed_share_what_they_rebuild():
 def odd_trainer(keeps: list[Keep] | None = None, dtype: torch.dtype = torch.float32) -> SubspaceTrainer:
     ranks, tensors = random_tensors(ODD, 5, 3, dtype=dtype)
     tensors["blocks.1.proj.right"].zero_()  # a dead layer takes the slow way of the update
-    model = build_vit(ODD, ranks, lambda name: tensors[name].clone(), 12, head=True)
+    model = build_network(ODD, ranks, lambda name: tensors[name].clone(), 12, head=True)
     return SubspaceTrainer(model, RECIPE, keeps or [COMPACT, RECOMPUTE], 4, seed=0)
 
 

@@ -7,61 +7,19 @@ import functools
 
 import pytest
 import torch
-from models import TINY, dense_reader, random_tensors, random_vit
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from gradients import autograd_gradients, engine_gradients, relative_error
+from models import TINY, random_tensors, random_vit
 
 from wasi_edge.keep import ALL_KEEPS, EXACT, RECOMPUTE
-from wasi_edge.layers import block
-from wasi_edge.layers.linear import WasiLinear
+from wasi_edge.layers import attention
 from wasi_edge.layers.saving import Pass
-from wasi_edge.models.vanilla import build_vanilla
-from wasi_edge.models.vit import artefact_name, build_vit, resample_position
+from wasi_edge.models.network import build_network
 
 
 @pytest.fixture(autouse=True)
 def textbook_attention(monkeypatch):
     """The fused kernel's exponential is good to 1e-8 only; `test_layers.py` compares the two."""
-    monkeypatch.setattr(block, "attention_forward", functools.partial(block.attention_forward, fused=False))
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
-
-
-def engine_gradients(model, pixels, dfeatures, keep, gradient_rank=10_000):
-    """Gradients by artefact name, low-rank ones multiplied out to the dense gradient of the product."""
-    generator = torch.Generator().manual_seed(1)
-    for linear in model.linears().values():
-        if isinstance(linear, WasiLinear):
-            linear.start_training(gradient_rank, model.tokens, generator)
-    run = Pass(refresh_basis=True)
-    features, saved = model.features(pixels, run, [keep] * len(model.blocks))
-    gradients = {}
-
-    def collect(layer, parts):
-        for key, value in parts.items():
-            inner, _, last = key.rpartition(".")
-            name = ".".join(part for part in (layer, inner) if part)
-            if last == "projected":
-                gradients[f"{name}.weight"] = value @ model.linears()[name].basis.t()
-            else:
-                gradients[artefact_name(name, last) if name else last] = value.clone()
-
-    features = features.clone()
-    model.backward(saved, dfeatures.clone(), run, collect)
-    return features, gradients
-
-
-def autograd_gradients(geometry, tensors, image_size, pixels, dfeatures):
-    model = build_vanilla(geometry, dense_reader(tensors), image_size, 3).to(pixels.dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            value = dense_reader(tensors)(name)
-            parameter.copy_(resample_position(value, geometry, image_size) if name == "position" else value)
-    with sdpa_kernel(SDPBackend.MATH):
-        features = model.features(pixels)
-    features.backward(dfeatures)
-    return features.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    monkeypatch.setattr(attention, "attention_forward", functools.partial(attention.attention_forward, fused=False))
 
 
 @pytest.mark.parametrize("keep", [keep for keep in ALL_KEEPS if not keep.compact])
@@ -70,7 +28,7 @@ def autograd_gradients(geometry, tensors, image_size, pixels, dfeatures):
 def test_every_gradient_equals_autograd_when_the_basis_is_complete(keep, features, layer_scale):
     geometry = dataclasses.replace(TINY, features=features, layer_scale=layer_scale)
     ranks, tensors = random_tensors(geometry)
-    model = build_vit(geometry, ranks, lambda name: tensors[name].clone(), 16, head=True)
+    model = build_network(geometry, ranks, lambda name: tensors[name].clone(), 16, head=True)
     pixels = torch.randn(3, 3, 16, 16, dtype=torch.float64)
     dfeatures = torch.randn(3, geometry.feature_width, dtype=torch.float64)
     actual_features, actual = engine_gradients(model, pixels, dfeatures, keep)
@@ -81,9 +39,33 @@ def test_every_gradient_equals_autograd_when_the_basis_is_complete(keep, feature
         assert relative_error(actual[name], gradient) < 1e-10, name
 
 
+@pytest.mark.parametrize("keep", [keep for keep in ALL_KEEPS if not keep.compact])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"registers": 3},
+        {"registers": 1, "features": "class+distillation"},
+        {"registers": 2, "features": "mean", "class_token": False},
+        {"features": "mean", "pool_first": True},
+    ],
+)
+def test_gradients_with_registers_and_other_ways_to_pool(keep, change):
+    geometry = dataclasses.replace(TINY, **change)
+    ranks, tensors = random_tensors(geometry)
+    model = build_network(geometry, ranks, lambda name: tensors[name].clone(), 24, head=True)
+    pixels = torch.randn(2, 3, 24, 24, dtype=torch.float64)
+    dfeatures = torch.randn(2, geometry.feature_width, dtype=torch.float64)
+    features, actual = engine_gradients(model, pixels, dfeatures, keep)
+    expected_features, expected = autograd_gradients(geometry, tensors, 24, pixels, dfeatures)
+    assert relative_error(features, expected_features) < 1e-12
+    assert set(actual) == set(expected)
+    for name, gradient in expected.items():
+        assert relative_error(actual[name], gradient) < 1e-10, name
+
+
 def test_dense_linears_give_the_same_gradients():
     ranks, tensors = random_tensors(TINY, rank=None)
-    model = build_vit(TINY, ranks, lambda name: tensors[name].clone(), 16, head=True)
+    model = build_network(TINY, ranks, lambda name: tensors[name].clone(), 16, head=True)
     pixels = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     dfeatures = torch.randn(2, TINY.feature_width, dtype=torch.float64)
     _, actual = engine_gradients(model, pixels, dfeatures, EXACT)
@@ -95,7 +77,7 @@ def test_dense_linears_give_the_same_gradients():
 def test_class_tokenless_network_and_another_image_size():
     geometry = dataclasses.replace(TINY, class_token=False, features="mean")
     ranks, tensors = random_tensors(geometry)
-    model = build_vit(geometry, ranks, lambda name: tensors[name].clone(), 24, head=True)
+    model = build_network(geometry, ranks, lambda name: tensors[name].clone(), 24, head=True)
     pixels = torch.randn(2, 3, 24, 24, dtype=torch.float64)
     dfeatures = torch.randn(2, geometry.feature_width, dtype=torch.float64)
     features, actual = engine_gradients(model, pixels, dfeatures, EXACT)
@@ -129,8 +111,8 @@ def test_inference_equals_the_training_forward():
 @pytest.mark.parametrize("keep", ALL_KEEPS)
 def test_a_second_micro_batch_of_another_size_reuses_the_buffers(keep):
     model = random_vit(dtype=torch.float32)
-    for linear in model.linears().values():
-        linear.start_training(4, model.tokens, torch.Generator().manual_seed(0))
+    for name, linear in model.linears().items():
+        linear.start_training(4, model.tokens_of(name), torch.Generator().manual_seed(0))
     run, held = Pass(refresh_basis=True), []
     for batch in (4, 4, 3, 4):
         pixels = torch.randn(batch, 3, 16, 16)

@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from wasi_edge.errors import ArtefactError
-from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models.geometry_swin import Geometry, geometry_from_dict
 from wasi_edge.tensorfile import TensorFile, TensorWriter, sweep_orphans, write_json_atomic
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class ModelConfig:
     """
 
     name: str
-    geometry: ViTGeometry
+    geometry: Geometry
     linears: Mapping[str, int | None]
     preprocessing: Preprocessing
     epsilon: float | None = None
@@ -61,12 +61,9 @@ class ModelConfig:
     id2label: Mapping[int, str] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] | None = None
-    architecture: str = "vit"
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        if self.architecture != "vit":
-            raise ArtefactError(f"config: architecture should be 'vit', found {self.architecture!r}")
         if self.dtype not in DTYPES:
             raise ArtefactError(f"config: dtype should be {' or '.join(DTYPES)}, found {self.dtype!r}")
         if self.epsilon is not None and not 0 < self.epsilon <= 1:
@@ -76,6 +73,11 @@ class ModelConfig:
         if self.id2label is not None:
             _check_labels(self.id2label)
         self.tensor_shapes()  # refuses unknown linears and impossible ranks
+
+    @property
+    def architecture(self) -> str:
+        """'vit' or 'swin'."""
+        return self.geometry.architecture
 
     @property
     def num_classes(self) -> int | None:
@@ -136,7 +138,7 @@ class ModelConfig:
         training = values.get("training")
         return cls(
             name=values["name"],
-            geometry=ViTGeometry.from_dict(values["geometry"]),
+            geometry=geometry_from_dict(values["architecture"], values["geometry"]),
             linears={name: _parse_rank(name, linear) for name, linear in _object(values, "linears").items()},
             preprocessing=Preprocessing.from_dict(_object(values, "preprocessing")),
             epsilon=epsilon,
@@ -144,7 +146,6 @@ class ModelConfig:
             id2label=_parse_labels(values.get("id2label")),
             provenance=dict(_object(values, "provenance")) if values.get("provenance") else {},
             training=None if training is None else dict(_object(values, "training")),
-            architecture=values["architecture"],
             schema_version=values["schema_version"],
         )
 

@@ -28,6 +28,8 @@ _RANK_MULTIPLE = 8
 # tokens together in attention, as far as whole photos allow: work enough for the cores, and what the kernels return
 # stays small; more is a little faster where memory is ample
 _ATTENTION_TOKENS, _AMPLE_ATTENTION_TOKENS = 128, 800
+# windows times heads whose scores are made together: 2 MB of them, at 49 tokens a window
+_WINDOW_HEADS = 200
 # a gradient's basis is refreshed from a share of the tokens, as long as these are enough for its rank
 _SAMPLED_SHARE, _FEWEST_SAMPLED, _MOST_SAMPLED = 8, 256, 512
 
@@ -45,6 +47,11 @@ def has_turn(number: int, linears: int, step: int, turns: int = TURNS) -> bool:
 def attention_photos(tokens: int, ample: bool) -> int:
     """How many photos of so many tokens pass through attention together."""
     return max(1, (_AMPLE_ATTENTION_TOKENS if ample else _ATTENTION_TOKENS) // tokens)
+
+
+def window_photos(tokens: int, window_tokens: int, heads: int) -> int:
+    """How many photos pass through attention within windows together."""
+    return max(1, _WINDOW_HEADS // (tokens // window_tokens * heads))
 
 
 def sampled_tokens(tokens: int) -> int:

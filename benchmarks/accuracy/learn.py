@@ -24,7 +24,7 @@ from wasi_edge.bench.subject import Read, Subject
 from wasi_edge.data.augment import SCALE_RANGE, augment
 from wasi_edge.layers.saving import Pass
 from wasi_edge.method import Method
-from wasi_edge.models.vit import build_vit
+from wasi_edge.models.network import build_network
 from wasi_edge.preprocess import normalise
 from wasi_edge.training import defaults, factor_update
 from wasi_edge.training.head import fit_head
@@ -186,7 +186,7 @@ def photo_features(subject: Subject, photos: Photos) -> torch.Tensor:
     """What the closed-form head sees of every photo, (n, F): of a model in its stored factors, or of a dense one."""
     torch.set_grad_enabled(False)
     ranks, read = subject.ranks(subject.own_epsilon), subject.reader(subject.own_epsilon)
-    network = build_vit(subject.geometry, ranks, read, subject.image_size, head=False)
+    network = build_network(subject.geometry, ranks, read, subject.image_size, head=False)
     parts = [range(first, min(first + _AT_ONCE, len(photos))) for first in range(0, len(photos), _AT_ONCE)]
     return torch.cat([network.features(photos.inputs(part), Pass())[0].clone() for part in parts])
 

@@ -27,7 +27,7 @@ from wasi_edge.bench.gradient import Sample, errors_by_linear, start
 from wasi_edge.bench.subject import Subject, find_subject
 from wasi_edge.layers.linear import LinearKinds
 from wasi_edge.method import Method
-from wasi_edge.models.vit import VisionTransformer, build_vit
+from wasi_edge.models.network import VisionTransformer, build_network
 from wasi_edge.report.svg import Series, line_chart
 from wasi_edge.training.defaults import BATCH, GRADIENT_RANK
 from wasi_edge.training.trainer import SubspaceTrainer, Trainer
@@ -136,7 +136,7 @@ def _network(subject: Subject) -> VisionTransformer:
     torch.set_grad_enabled(False)
     ranks, read = subject.ranks(subject.own_epsilon), subject.reader(subject.own_epsilon)
     kinds = LinearKinds.of(Method.WASI)
-    return build_vit(subject.geometry, ranks, read, subject.image_size, head=False, kinds=kinds)
+    return build_network(subject.geometry, ranks, read, subject.image_size, head=False, kinds=kinds)
 
 
 def _sample(subject: Subject, of_training: bool) -> Sample:

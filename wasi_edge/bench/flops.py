@@ -12,12 +12,13 @@ bytes, and its FLOP formulas. Its weight gradient is printed in multiply-adds. I
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from wasi_edge.chunks import TURNS, sampled_tokens
 from wasi_edge.method import Method
-from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models.geometry import BlockShape
+from wasi_edge.models.geometry_swin import Geometry
 
 # products of attention forward (scores, mix), and backward with the scores computed again
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
@@ -33,7 +34,7 @@ class Flops:
 
 
 def step_flops(
-    geometry: ViTGeometry,
+    geometry: Geometry,
     image_size: int,
     ranks: Mapping[str, int | None],
     method: Method,
@@ -44,14 +45,15 @@ def step_flops(
 ) -> Flops:
     """Of `method` with an effective batch of `batch`; `ranks` None where dense. AdamW of dense weights counts nothing:
     it is no product. With `checkpointed` every block runs forward twice."""
-    tokens = geometry.tokens(image_size)
-    patches = tokens - geometry.leading_tokens
+    blocks = geometry.block_shapes(image_size)
+    patches = geometry.tokens(image_size) - geometry.leading_tokens
     stem = 2 * patches * geometry.channels * geometry.patch_size**2 * geometry.width
-    read = geometry.read_tokens(tokens)
     # one product of all heads, in blocks whose tokens all ask and in the last
-    attention = 2 * tokens * geometry.width * ((geometry.depth - 1) * tokens + read)
+    asking = [shape.tokens for shape in blocks]
+    asking[-1] = geometry.read_tokens(asking[-1])
+    attention = sum(2 * count * shape.width * shape.attended for count, shape in zip(asking, blocks, strict=True))
     linears = [
-        (name, _tokens_of(name, geometry, tokens), out, inner, rank)
+        (name, _tokens_of(name, geometry, blocks), out, inner, rank)
         for name, out, inner, rank in _shapes(geometry, ranks)
     ]
     forward = sum(2 * count * _weight(out, inner, rank) for _, count, out, inner, rank in linears)
@@ -64,7 +66,7 @@ def step_flops(
         return Flops(passes + forward + stem, 0.0, infer)
     if method is Method.LORA:
         # x A^T and h B^T of queries and values: forward, and backward with respect to both operands
-        updates = geometry.depth * 2 * 3 * 2 * tokens * 2 * geometry.width * lora_rank
+        updates = sum(2 * 3 * 2 * shape.tokens * 2 * shape.width * lora_rank for shape in blocks)
         return Flops(passes + updates, 0.0, infer)
     gradients = sum(2 * count * (inner + out) * min(gradient_rank, inner) for _, count, out, inner, _ in linears)
     upkeep = sum(
@@ -75,14 +77,15 @@ def step_flops(
     return Flops(passes + gradients + stem, upkeep, infer)
 
 
-def _tokens_of(linear: str, geometry: ViTGeometry, tokens: int) -> int:
+def _tokens_of(linear: str, geometry: Geometry, blocks: Sequence[BlockShape]) -> int:
     """Tokens of a photo that pass through a linear: behind the last attention only those that the head reads."""
+    tokens = blocks[int(linear.split(".")[1])].tokens
     is_read = linear.startswith(f"blocks.{geometry.depth - 1}.") and not linear.endswith(".qkv")
     return geometry.read_tokens(tokens) if is_read else tokens
 
 
 def paper_count(
-    geometry: ViTGeometry,
+    geometry: Geometry,
     image_size: int,
     ranks: Mapping[str, int | None],
     method: Method,
@@ -92,11 +95,13 @@ def paper_count(
     """`train_flops`, `infer_flops`, `upkeep_flops` of a step of `batch` images, `memory_bytes`, and `memory_ratio` to
     vanilla, of linear layers alone. Inputs are compressed in their last mode, as ours are (r1 = B, r2 = N). LoRA's
     frozen weights need no subspace iteration, and no inputs but those of qkv; its adapters are not counted."""
-    tokens = geometry.tokens(image_size)
-    compresses, rows = method in (Method.WASI, Method.ASI), batch * tokens
+    blocks = geometry.block_shapes(image_size)
+    compresses = method in (Method.WASI, Method.ASI)
     train = infer = upkeep = memory = vanilla_memory = 0.0
     for name, out, inner, rank in _shapes(geometry, ranks):
         r = min(gradient_rank, inner)
+        tokens = blocks[int(name.split(".")[1])].tokens
+        rows = batch * tokens
         if rank is None:
             forward, backward = rows * out * (2 * inner - 1), rows * inner * (2 * out - 1)
             weights = out * inner
@@ -131,7 +136,7 @@ def paper_count(
     }
 
 
-def _shapes(geometry: ViTGeometry, ranks: Mapping[str, int | None]) -> Iterator[tuple[str, int, int, int | None]]:
+def _shapes(geometry: Geometry, ranks: Mapping[str, int | None]) -> Iterator[tuple[str, int, int, int | None]]:
     for name, (out, inner) in geometry.linear_shapes().items():
         yield name, out, inner, ranks[name]
 

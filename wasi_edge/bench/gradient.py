@@ -20,7 +20,7 @@ from wasi_edge.data.folder import scan_folder
 from wasi_edge.keep import EXACT, Keep
 from wasi_edge.layers.linear import SubspaceLinear
 from wasi_edge.layers.saving import Pass
-from wasi_edge.models.vit import VisionTransformer
+from wasi_edge.models.network import VisionTransformer
 from wasi_edge.preprocess import Preprocessing, center_view, normalise, open_photo, shrink
 from wasi_edge.training.head import Head, fit_head
 from wasi_edge.training.loss import cross_entropy
@@ -99,7 +99,7 @@ def start(network: VisionTransformer, gradient_rank: int | Mapping[str, int]) ->
     for name, linear in network.linears().items():
         if isinstance(linear, SubspaceLinear):
             rank = gradient_rank if isinstance(gradient_rank, int) else gradient_rank[name]
-            linear.start_training(rank, network.tokens, generator)
+            linear.start_training(rank, network.tokens_of(name), generator)
 
 
 def gradient_errors(

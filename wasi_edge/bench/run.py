@@ -28,7 +28,7 @@ from wasi_edge.layers.linear import LinearKinds
 from wasi_edge.memory.hardware import governor, hardware, power_watts, temperature_celsius, throttled, versions
 from wasi_edge.memory.process import read_memory
 from wasi_edge.method import Method
-from wasi_edge.models.vit import build_vit
+from wasi_edge.models.network import build_network
 from wasi_edge.planner.choices import Choices
 from wasi_edge.planner.plan import Base, Speed, Work, choose_plan
 from wasi_edge.planner.workload import Workload
@@ -134,7 +134,8 @@ def _error_of(
 ) -> tuple[float, dict[str, float]]:
     def build() -> Any:
         kinds, ranks = LinearKinds.of(method), subject.ranks(epsilon)
-        return build_vit(subject.geometry, ranks, subject.reader(epsilon), subject.image_size, head=False, kinds=kinds)
+        read = subject.reader(epsilon)
+        return build_network(subject.geometry, ranks, read, subject.image_size, head=False, kinds=kinds)
 
     return gradient_errors(build, rank, sample, batches, warm_up)
 

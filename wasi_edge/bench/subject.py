@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from wasi_edge.artefact import is_artefact, open_artefact, read_config
-from wasi_edge.bench.synthetic import EPSILON_SHARES, GEOMETRIES, synthetic_ranks
+from wasi_edge.bench.synthetic import EPSILON_SHARES, GEOMETRIES, synthetic_geometry, synthetic_ranks
 from wasi_edge.conversion.convert import Settings, choose_ranks
 from wasi_edge.conversion.factorise import factorise
 from wasi_edge.conversion.sources import open_source
 from wasi_edge.errors import UsageError
-from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models.geometry_swin import Geometry
 from wasi_edge.models.locate import resolve_model
 from wasi_edge.preprocess import Preprocessing
 
@@ -36,7 +36,7 @@ class Subject:
     `own_epsilon`: what it is truncated at already."""
 
     name: str
-    geometry: ViTGeometry
+    geometry: Geometry
     image_size: int
     preprocessing: Preprocessing
     folder: Path | None
@@ -66,11 +66,8 @@ class Subject:
 def find_subject(model: str, image_size: int | None = None) -> Subject:
     """The geometry of that name with synthetic weights, or the model in a folder (or `default`)."""
     if model in GEOMETRIES:
-        patch, width, depth, heads = GEOMETRIES[model]
         size = image_size or 224
-        geometry = ViTGeometry(patch, width, depth, heads, 4 * width, size // patch, features="class")
-        geometry.tokens(size)
-        return Subject(model, geometry, size, Preprocessing(image_size=size), None, None)
+        return Subject(model, synthetic_geometry(model, size), size, Preprocessing(image_size=size), None, None)
     folder = resolve_model(model)
     with open_source(folder) as source:
         preprocessing = source.preprocessing if image_size is None else source.preprocessing.with_image_size(image_size)
@@ -125,7 +122,7 @@ def _stored_reader(subject: Subject, epsilon: float | None) -> Read:
     return read
 
 
-def _synthetic_reader(geometry: ViTGeometry, ranks: dict[str, int | None]) -> Read:
+def _synthetic_reader(geometry: Geometry, ranks: dict[str, int | None]) -> Read:
     """Random tensors, each of a generator keyed by its name, scaled like those of a trained network."""
     shapes = geometry.tensor_shapes(ranks or dict.fromkeys(geometry.linear_shapes()), CLASSES)
 
@@ -135,7 +132,7 @@ def _synthetic_reader(geometry: ViTGeometry, ranks: dict[str, int | None]) -> Re
         value = torch.randn(shape, generator=generator)
         if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")) or ".scale" in name:
             return 1 + 0.1 * value
-        if len(shape) == 1 or name == "position":
+        if len(shape) == 1 or name == "position" or name.endswith("bias_table"):
             return 0.02 * value
         if name.endswith(".left"):
             return value / shape[0] ** 0.5

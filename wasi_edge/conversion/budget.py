@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from wasi_edge.chunks import CONVERSION_PHOTOS, WIDE_INPUT
 from wasi_edge.errors import BudgetInfeasible
-from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models.geometry_swin import Geometry
 from wasi_edge.units import format_size
 
 BASE_BYTES = 240 * 2**20  # Python, torch, numpy, Pillow, Rich
@@ -23,7 +23,7 @@ FEWEST_PHOTOS = 16
 
 
 def calibration_photos(
-    geometry: ViTGeometry, image_size: int, available: int, budget_bytes: int, base_bytes: int = BASE_BYTES
+    geometry: Geometry, image_size: int, available: int, budget_bytes: int, base_bytes: int = BASE_BYTES
 ) -> int:
     """How many of `available` photos may calibrate (0 where there are none): as many as fit, at most 512.
 
@@ -46,27 +46,43 @@ def calibration_photos(
     return most
 
 
-def conversion_bytes(geometry: ViTGeometry, image_size: int, photos: int, base_bytes: int = BASE_BYTES) -> int:
+def conversion_bytes(geometry: Geometry, image_size: int, photos: int, base_bytes: int = BASE_BYTES) -> int:
     """Predicted peak of the process that converts this network, calibrated on so many photos (0: none)."""
-    width, hidden = geometry.width, geometry.mlp_width
-    shapes = [geometry.linear_shapes()[f"blocks.0.{name}"] for name in ("qkv", "proj", "fc1", "fc2")]
-    block = 4 * sum(rows * columns for rows, columns in shapes)
+    linears = geometry.linear_shapes()
+    shapes = list(set(linears.values()))
+    block = max(
+        4 * sum(rows * columns for name, (rows, columns) in linears.items() if name.startswith(f"blocks.{index}."))
+        for index in range(geometry.depth)
+    )
     factorisation = max(8 * (2 * rows * columns + 6 * min(rows, columns) ** 2) for rows, columns in shapes)
     fixed = base_bytes + SLACK_BYTES + 2 * block
     if photos == 0:
         return fixed + factorisation
     sizes = [(rows, columns, 4 if columns > WIDE_INPUT else 8) for rows, columns in shapes]
-    spectra = sum(columns**2 * size for _, columns, size in sizes) + factorisation
+    spectra = factorisation + max(
+        sum(
+            columns**2 * (4 if columns > WIDE_INPUT else 8)
+            for name, (_, columns) in linears.items()
+            if name.startswith(f"blocks.{index}.")
+        )
+        for index in range(geometry.depth)
+    )
     moments = max(size * (columns**2 + rows * columns) for rows, columns, size in sizes)
     regression = max(3 * moments, max(size * columns**2 for _, columns, size in sizes) + factorisation)
-    tokens = geometry.tokens(image_size)
-    chunk = 2 * 4 * min(photos, CONVERSION_PHOTOS) * tokens * (12 * width + 2 * hidden)
-    held = 2 * 2 * photos * tokens * width
+    blocks = geometry.block_shapes(image_size)
+    numbers = max(shape.tokens * (12 * shape.width + 2 * shape.mlp_width) for shape in blocks)
+    chunk = 2 * 4 * min(photos, CONVERSION_PHOTOS) * numbers
+    held = _stream_bytes(geometry, image_size, photos)
     reading = base_bytes + SLACK_BYTES + held + DECODE_BYTES
     return max(fixed + max(spectra, regression, moments + chunk) + held, reading)
 
 
-def decode_allowance(geometry: ViTGeometry, image_size: int, photos: int, budget_bytes: int) -> int:
+def decode_allowance(geometry: Geometry, image_size: int, photos: int, budget_bytes: int) -> int:
     """Bytes that decoding one calibration photo may take: photos are read before any block is."""
-    tokens = 2 * 2 * photos * geometry.tokens(image_size) * geometry.width
-    return budget_bytes - BASE_BYTES - SLACK_BYTES - tokens
+    return budget_bytes - BASE_BYTES - SLACK_BYTES - _stream_bytes(geometry, image_size, photos)
+
+
+def _stream_bytes(geometry: Geometry, image_size: int, photos: int) -> int:
+    """Both streams of tokens in float16, and one of them a second time where it comes to another order."""
+    largest = max(shape.tokens * shape.width for shape in geometry.block_shapes(image_size))
+    return (3 if geometry.architecture == "swin" else 2) * 2 * photos * largest

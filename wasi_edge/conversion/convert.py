@@ -23,8 +23,8 @@ from wasi_edge.artefact import ModelConfig, write_artefact
 from wasi_edge.conversion.allocate import allocate_ranks
 from wasi_edge.conversion.factorise import factorise, singular_values
 from wasi_edge.conversion.sources import DenseSource
-from wasi_edge.conversion.walk import LINEARS, Calibration, Walk
-from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.conversion.walk import Calibration, Walk
+from wasi_edge.models.geometry_swin import Geometry
 from wasi_edge.subspace.ranks import break_even_rank, rank_for_explained_variance
 
 OnProgress = Callable[[int, int], None]
@@ -120,7 +120,8 @@ def convert(
             if not name.startswith("blocks."):
                 writer.add(name, source.read(name).astype(stored))
         for index in range(geometry.depth):
-            tensors = _truncated_block(index, ranks, read) if walk is None else walk.factored(index, ranks, rounded)
+            own = [name for name in ranks if name.startswith(f"blocks.{index}.")]
+            tensors = _truncated(own, ranks, read) if walk is None else walk.factored(index, ranks, rounded)
             for name in shapes:
                 if name.startswith(f"blocks.{index}."):
                     tensor = tensors.pop(name) if name in tensors else read(name)
@@ -130,22 +131,20 @@ def convert(
     return config
 
 
-def _truncated_block(index: int, ranks: dict[str, int | None], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """The linears of block `index` by plain SVD."""
+def _truncated(linears: list[str], ranks: dict[str, int | None], read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Linears of one block by plain SVD."""
     tensors: dict[str, Tensor] = {}
-    for linear in LINEARS:
-        name = f"blocks.{index}.{linear}"
+    for name in linears:
         rank, weight = ranks[name], read(f"{name}.weight")
         if rank is None:
             tensors[f"{name}.weight"] = weight
         else:
             tensors[f"{name}.left"], tensors[f"{name}.right"] = factorise(weight, rank)
-        tensors[f"{name}.bias"] = read(f"{name}.bias")
     return tensors
 
 
 def _spread(
-    ranks: dict[str, int | None], walk: Walk, geometry: ViTGeometry, on_block: Callable[[], None]
+    ranks: dict[str, int | None], walk: Walk, geometry: Geometry, on_block: Callable[[], None]
 ) -> dict[str, int | None]:
     """Other ranks for the same number of parameters: those that keep most of what the photos make of the layers.
     Linears that stay dense stay so."""

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,16 +19,17 @@ from wasi_edge.artefact import CONFIG_NAME, read_json_object
 from wasi_edge.conversion.checkpoint_files import Tensors, open_file, open_folder, shapes_of
 from wasi_edge.conversion.source_preprocessing import preprocessing_of
 from wasi_edge.errors import ConversionError
-from wasi_edge.models import keys_deit, keys_dinov2, keys_timm_vit, keys_torchvision_vit, keys_vit
-from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models import keys_deit, keys_dinov2, keys_swin, keys_timm_vit, keys_torchvision_vit, keys_vit
+from wasi_edge.models.geometry_swin import Geometry
 from wasi_edge.models.keys import Source
 from wasi_edge.preprocess import Preprocessing
 
-_BY_MODEL_TYPE = {
-    **{module.MODEL_TYPE: module for module in (keys_vit, keys_deit, keys_dinov2)},
+# modules and objects that know `geometry_from_config` or `geometry_from_shapes`, and `plan_tensors`
+_BY_MODEL_TYPE: dict[str, Any] = {
+    **{module.MODEL_TYPE: module for module in (keys_vit, keys_deit, keys_dinov2, keys_swin)},
     keys_dinov2.MODEL_TYPE_WITH_REGISTERS: keys_dinov2,
 }
-_BY_KEYS = (keys_timm_vit, keys_torchvision_vit)
+_BY_KEYS: tuple[Any, ...] = (keys_timm_vit, keys_torchvision_vit, keys_swin.TIMM, keys_swin.TORCHVISION)
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -38,7 +38,7 @@ class Foreign:
     """An open checkpoint: `plan` says what makes each of our tensors, `files` where its keys are."""
 
     name: str
-    geometry: ViTGeometry
+    geometry: Geometry
     preprocessing: Preprocessing
     id2label: dict[int, str] | None
     shapes: dict[str, tuple[int, ...]]
@@ -101,7 +101,7 @@ def open_foreign(path: Path, stack: ExitStack) -> Foreign:
     )
 
 
-def _of_hugging_face(config: Mapping[str, Any]) -> ModuleType:
+def _of_hugging_face(config: Mapping[str, Any]) -> Any:
     model_type = config["model_type"]
     if not isinstance(model_type, str) or model_type not in _BY_MODEL_TYPE:
         known = sorted(_BY_MODEL_TYPE)
@@ -111,7 +111,7 @@ def _of_hugging_face(config: Mapping[str, Any]) -> ModuleType:
     return _BY_MODEL_TYPE[model_type]
 
 
-def _by_keys(found: Mapping[str, tuple[int, ...]], path: Path) -> ModuleType:
+def _by_keys(found: Mapping[str, tuple[int, ...]], path: Path) -> Any:
     for key_map in _BY_KEYS:
         if key_map.recognises(found):
             return key_map
@@ -132,7 +132,7 @@ def _heads(config: Mapping[str, Any]) -> int | None:
 
 
 def _checked_shapes(
-    geometry: ViTGeometry, plan: Mapping[str, Source], found: Mapping[str, tuple[int, ...]]
+    geometry: Geometry, plan: Mapping[str, Source], found: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     """Shape of each of our tensors. Raises ConversionError where the checkpoint's do not make it."""
     for source in plan.values():

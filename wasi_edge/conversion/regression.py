@@ -59,15 +59,23 @@ class JointMoments(Moments):
         return (self._cross / self.count).addr_(output_offset, offset, alpha=-1.0)
 
 
-def regress(weight: Tensor, rank: int, moments: JointMoments, scale: Tensor | None = None) -> tuple[Factors, Tensor]:
+def regress(
+    weight: Tensor, rank: int, moments: JointMoments, scale: Tensor | None = None, has_bias: bool = True
+) -> tuple[Factors, Tensor]:
     """Factors of rank K and bias (O,) of a linear with weight W (O, I), from what it sees and what it should give.
 
     With `scale` s (O,) the layer's output is s * (x W^T + b), the moments are of that output, and errors count after
-    it. The moments are consumed. Raises ValueError as `factorise` does.
+    it. Without a bias (zero is returned) second moments take the place of covariances. The moments are consumed.
+
+    Raises ValueError as `factorise` does.
     """
     mean, wanted = moments.mean(), moments.output_mean()
     cross = moments.cross_covariance()
     covariance = moments.covariance(consume=True)
+    if not has_bias:
+        cross.addr_(wanted.to(cross.dtype), mean.to(cross.dtype))
+        covariance.addr_(mean.to(covariance.dtype), mean.to(covariance.dtype))
+        mean, wanted = torch.zeros_like(mean), torch.zeros_like(wanted)
     scaled = weight if scale is None else scale[:, None] * weight
     regressed = _regressed_weight(scaled, covariance, cross)
     left, right = factorise(regressed.to(weight.dtype), rank, covariance)

@@ -10,26 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from wasi_edge.artefact import read_json_object
 from wasi_edge.errors import ArtefactError, ConversionError
-from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models.geometry_swin import Geometry, SwinGeometry
 from wasi_edge.preprocess import Preprocessing
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
 _HALF = (0.5, 0.5, 0.5)
 
 
-def preprocessing_of(
-    path: Path, config: Mapping[str, Any], geometry: ViTGeometry, key_map: ModuleType
-) -> Preprocessing:
+def preprocessing_of(path: Path, config: Mapping[str, Any], geometry: Geometry, key_map: Any) -> Preprocessing:
     """For the model at `path`, at an input size that its patches divide. Raises ConversionError."""
     try:
         result = _stated(path, config) or _usual(path, config, geometry, key_map)
     except ArtefactError as error:
         raise ConversionError(f"{path}: {error}") from error
+    if isinstance(geometry, SwinGeometry):
+        return result
     # A remainder smaller than a patch is cut off, as the convolution of the patch embedding does.
     size = result.image_size // geometry.patch_size * geometry.patch_size
     return result if size == result.image_size else result.with_image_size(max(size, geometry.patch_size))
@@ -42,7 +41,13 @@ def _stated(path: Path, config: Mapping[str, Any]) -> Preprocessing | None:
     return Preprocessing.from_timm(trained) if isinstance(trained, dict) else None
 
 
-def _usual(path: Path, config: Mapping[str, Any], geometry: ViTGeometry, key_map: ModuleType) -> Preprocessing:
+def _usual(path: Path, config: Mapping[str, Any], geometry: Geometry, key_map: Any) -> Preprocessing:
+    if isinstance(geometry, SwinGeometry):
+        # 7 tokens of 32 pixels; torchvision's V1 weights shrink to 232
+        size = config.get("image_size", 32 * geometry.window)
+        if "model_type" in config:
+            return Preprocessing(image_size=size, crop_fraction=1.0, squash=True)
+        return Preprocessing(image_size=size, crop_fraction=0.9 if key_map.NAME.startswith("timm") else size / 232)
     size = geometry.position_grid * geometry.patch_size
     if "model_type" in config:
         return Preprocessing() if geometry.layer_scale else Preprocessing.plain_vit(size)

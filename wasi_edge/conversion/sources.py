@@ -26,7 +26,7 @@ from wasi_edge.artefact import (
     open_artefact,
 )
 from wasi_edge.errors import ConversionError
-from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models.geometry_swin import Geometry
 from wasi_edge.preprocess import Preprocessing
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -42,7 +42,7 @@ class DenseSource:
     """
 
     name: str
-    geometry: ViTGeometry
+    geometry: Geometry
     preprocessing: Preprocessing
     id2label: dict[int, str] | None
     tensor_shapes: dict[str, tuple[int, ...]]

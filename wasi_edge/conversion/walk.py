@@ -9,7 +9,7 @@ with the dense layer's own. Everything between is worked out again from the stre
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,15 +20,13 @@ from wasi_edge.chunks import CONVERSION_PHOTOS, WIDE_INPUT
 from wasi_edge.conversion.factorise import Moments, squared_singular_values
 from wasi_edge.conversion.regression import JointMoments, regress
 from wasi_edge.layers.activation import gelu, keep_gelu
-from wasi_edge.layers.attention import attention_forward
 from wasi_edge.layers.block import Block
-from wasi_edge.layers.linear import WasiLinear
+from wasi_edge.layers.entry import Merge
+from wasi_edge.layers.linear import Linear, WasiLinear
 from wasi_edge.layers.saving import Pass
-from wasi_edge.models.geometry import ViTGeometry
-from wasi_edge.models.vit import build_block, build_stem
+from wasi_edge.models.geometry_swin import Geometry
+from wasi_edge.models.network import build_block, build_stem
 from wasi_edge.preprocess import Preprocessing, normalise
-
-LINEARS = ("qkv", "proj", "fc1", "fc2")
 
 
 @dataclass(frozen=True)
@@ -44,25 +42,32 @@ class Walk:
 
     def __init__(
         self,
-        geometry: ViTGeometry,
+        geometry: Geometry,
         read: Callable[[str], Tensor],
         calibration: Calibration,
         preprocessing: Preprocessing,
     ) -> None:
         self._geometry, self._read, self._run = geometry, read, Pass()
-        stem = build_stem(geometry, read, preprocessing.image_size)
-        shape = calibration.count, geometry.tokens(preprocessing.image_size), geometry.width
+        self._size = preprocessing.image_size
+        stem = build_stem(geometry, read, self._size)
+        shape = calibration.count, geometry.tokens(self._size), geometry.width
         self._dense = torch.empty(shape, dtype=torch.float16)
         for first in range(0, calibration.count, CONVERSION_PHOTOS):
             chosen = range(first, min(first + CONVERSION_PHOTOS, calibration.count))
             pixels = normalise(np.stack([calibration.read(photo) for photo in chosen]), preprocessing)
-            self._dense[first : first + len(chosen)] = stem.forward(torch.from_numpy(pixels), self._run)[0]
+            self._dense[first : first + len(chosen)] = stem.forward(torch.from_numpy(pixels), self._run, learns=False)[
+                0
+            ]
         self._factored = self._dense.clone()
 
     def spectra(self, index: int) -> dict[str, np.ndarray]:
         """Squared singular values of W C^{1/2} of the linears of block `index`, run dense. Blocks in their order."""
         block = self._dense_block(index)
         observed = {name: Moments(layer.shape[1], _precision(layer.shape[1])) for name, layer in block.linears.items()}
+        if isinstance(block.entry, Merge):
+            for chunk in self._dense.split(CONVERSION_PHOTOS):
+                observed["merge"].add(block.entry.gathered_norm(chunk.float(), self._run))
+        self._dense = self._entered(block, self._dense)
         for chunk in self._dense.split(CONVERSION_PHOTOS):
             stages = _Stages(block, chunk, self._run)
             observed["qkv"].add(stages.normed())
@@ -84,40 +89,85 @@ class Walk:
 
     def start_again(self) -> None:
         """Both streams back to the photos' tokens, after `spectra` of all blocks."""
-        self._dense.copy_(self._factored)
+        self._dense = self._factored.clone()
 
     def factored(self, index: int, ranks: Mapping[str, int | None], rounded: torch.dtype) -> dict[str, Tensor]:
         """left, right (or weight) and bias of the linears of block `index`; what follows is calibrated on what
         `rounded` leaves of them."""
         dense = self._dense_block(index)
         ours = copy.copy(dense)  # its linears give way to factors one by one
-        streams = [stream.split(CONVERSION_PHOTOS) for stream in (self._dense, self._factored)]
         tensors: dict[str, Tensor] = {}
-        for stage in LINEARS:
-            name, layer = f"{dense.name}.{stage}", getattr(dense, stage)
-            rank = ranks[name]
-            moments = None if rank is None else JointMoments(layer.shape[1], layer.shape[0], _precision(layer.shape[1]))
-            for wanted, chunk in zip(*streams, strict=True):
-                x, y = _PAIRS[stage](_Stages(dense, wanted, self._run), _Stages(ours, chunk, self._run))
-                if moments is not None:
-                    moments.add_pairs(x, y)
-            weight, bias, scale = (layer.params.get(key) for key in ("weight", "bias", "scale"))
-            if moments is None or rank is None:
-                tensors |= {f"{name}.weight": weight, f"{name}.bias": bias}
-                continue
-            self._run.workspace.clear()
-            (left, right), bias = regress(weight, rank, moments, scale)
-            del moments
-            tensors |= {f"{name}.left": left, f"{name}.right": right, f"{name}.bias": bias}
-            left, right, bias = (value.to(rounded).float() for value in (left, right, bias))
-            setattr(ours, stage, WasiLinear(left, right, bias, scale))
+        if isinstance(dense.entry, Merge):
+            pairs = self._merge_pairs(dense.entry)
+            linear = self._fitted(f"{dense.name}.merge", dense.entry.linear, pairs, ranks, rounded, tensors)
+            merge = copy.copy(dense.entry)
+            merge.linear, ours.entry = linear, merge
+        self._dense, self._factored = self._entered(dense, self._dense), self._entered(ours, self._factored)
+        streams = [stream.split(CONVERSION_PHOTOS) for stream in (self._dense, self._factored)]
+        for stage, pair in _PAIRS.items():
+            pairs = (
+                pair(_Stages(dense, wanted, self._run), _Stages(ours, chunk, self._run))
+                for wanted, chunk in zip(*streams, strict=True)
+            )
+            linear = self._fitted(f"{dense.name}.{stage}", getattr(dense, stage), pairs, ranks, rounded, tensors)
+            setattr(ours, stage, linear)
         for chunk in self._factored.split(CONVERSION_PHOTOS):
             stages = _Stages(ours, chunk, self._run)
             chunk.copy_(stages.output(chunk))
         return tensors
 
+    def _fitted(
+        self,
+        name: str,
+        layer: Linear,
+        pairs: Iterable[tuple[Tensor, Tensor]],
+        ranks: Mapping[str, int | None],
+        rounded: torch.dtype,
+        tensors: dict[str, Tensor],
+    ) -> Linear:
+        """What takes the place of a dense layer: itself, or factors fitted to pairs of inputs and wanted outputs. The
+        tensors to be stored are added to `tensors`. All pairs are gone through even then: that moves the streams."""
+        rank, precision = ranks[name], _precision(layer.shape[1])
+        moments = None if rank is None else JointMoments(layer.shape[1], layer.shape[0], precision)
+        for x, y in pairs:
+            if moments is not None:
+                moments.add_pairs(x, y)
+        weight, bias, scale = (layer.params.get(key) for key in ("weight", "bias", "scale"))
+        assert weight is not None
+        if moments is None or rank is None:
+            tensors[f"{name}.weight"] = weight
+            if bias is not None:
+                tensors[f"{name}.bias"] = bias
+            return layer
+        self._run.workspace.clear()
+        (left, right), fitted = regress(weight, rank, moments, scale, has_bias=bias is not None)
+        tensors |= {f"{name}.left": left, f"{name}.right": right}
+        if bias is not None:
+            tensors[f"{name}.bias"] = fitted
+            bias = fitted.to(rounded).float()
+        return WasiLinear(left.to(rounded).float(), right.to(rounded).float(), bias, scale)
+
+    def _merge_pairs(self, entry: Merge) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the linear of a merge sees of our tokens, and what the dense one makes of the dense tokens."""
+        streams = [stream.split(CONVERSION_PHOTOS) for stream in (self._dense, self._factored)]
+        for wanted, chunk in zip(*streams, strict=True):
+            made = entry.forward(wanted.float(), self._run, None)[0]
+            yield entry.gathered_norm(chunk.float(), self._run), made.flatten(0, 1)
+
+    def _entered(self, block: Block, stream: Tensor) -> Tensor:
+        """The stream as it comes to the block: as it is, in another order, or merged."""
+        if block.entry is None:
+            return stream
+        first = block.entry.forward(stream[:1].float(), self._run, None)[0]
+        entered = torch.empty((len(stream), *first.shape[1:]), dtype=stream.dtype)
+        for made, chunk in zip(entered.split(CONVERSION_PHOTOS), stream.split(CONVERSION_PHOTOS), strict=True):
+            made.copy_(block.entry.forward(chunk.float(), self._run, None)[0])
+        return entered
+
     def _dense_block(self, index: int) -> Block:
-        return build_block(self._geometry, index, {f"blocks.{index}.{linear}": None for linear in LINEARS}, self._read)
+        prefix = f"blocks.{index}."
+        ranks = {name: None for name in self._geometry.linear_shapes() if name.startswith(prefix)}
+        return build_block(self._geometry, index, ranks, self._read, self._size)
 
 
 class _Stages:
@@ -138,7 +188,7 @@ class _Stages:
     def mixed(self) -> Tensor:
         """What proj sees."""
         qkv = self.apply("qkv", self.normed()).view(*self.stream.shape[:2], -1)
-        mixed, _ = attention_forward(qkv, self.block.heads, self._run, None, None)
+        mixed, _ = self.block.attention.forward(qkv, self._run, None, None)
         return mixed.reshape(-1, mixed.shape[-1])
 
     def middle(self) -> Tensor:

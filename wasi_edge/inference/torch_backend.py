@@ -1,6 +1,6 @@
 """A model folder as a classifier, run by torch. The only module of `inference` that imports torch.
 
-It runs the network of training (`models/vit.py`), so a prediction is the validation of that photo, to the
+It runs the network of training (`models/network.py`), so a prediction is the validation of that photo, to the
 bit. Tensors are read one by one and widened to float32; a factored linear stays two factors.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from wasi_edge.artefact import open_artefact
 from wasi_edge.errors import ArtefactError
 from wasi_edge.layers.saving import Pass
-from wasi_edge.models.vit import build_vit
+from wasi_edge.models.network import build_network
 from wasi_edge.preprocess import normalise
 
 
@@ -41,7 +41,9 @@ class TorchClassifier:
 
             self.labels = config.labels
             self.preprocessing = config.preprocessing
-            self._network = build_vit(config.geometry, config.linears, read, config.preprocessing.image_size, head=True)
+            self._network = build_network(
+                config.geometry, config.linears, read, config.preprocessing.image_size, head=True
+            )
         self._run = Pass()
 
     @torch.no_grad()

@@ -35,6 +35,24 @@ class SavedAttention(NamedTuple):
         return _widened(self.out, "norm.out", dtype, run)
 
 
+class Attention:
+    """Of all tokens of a photo; the first `queries` of them ask, or all. It has no parameters."""
+
+    def __init__(self, heads: int, queries: int | None = None) -> None:
+        self.heads, self.queries = heads, queries
+        self.params: dict[str, Tensor] = {}
+
+    def forward(
+        self, qkv: Tensor, run: Pass, save_as: str | None, dtype: torch.dtype | None
+    ) -> tuple[Tensor, SavedAttention | None]:
+        """`attention_forward`."""
+        return attention_forward(qkv, self.heads, run, save_as, dtype, queries=self.queries)
+
+    def backward(self, saved: SavedAttention, dout: Tensor, run: Pass) -> tuple[Tensor, dict[str, Tensor]]:
+        """`attention_backward`, and no gradients of parameters."""
+        return attention_backward(saved, dout, self.heads, run), {}
+
+
 def attention_forward(
     qkv: Tensor,
     heads: int,

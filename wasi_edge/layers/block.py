@@ -18,10 +18,12 @@ from torch import Tensor
 
 from wasi_edge.keep import Keep, Rebuild
 from wasi_edge.layers.activation import SavedGelu, gelu, gelu_backward, keep_gelu
-from wasi_edge.layers.attention import SavedAttention, attention_backward, attention_forward
+from wasi_edge.layers.attention import Attention, SavedAttention
+from wasi_edge.layers.entry import Entry, Merge, SavedEntry
 from wasi_edge.layers.linear import Linear
 from wasi_edge.layers.norm import LayerNorm, SavedNorm
 from wasi_edge.layers.saving import Pass
+from wasi_edge.layers.window_attention import WindowAttention
 
 _PARTS = ("norm1", "attention", "norm2", "gelu", "fc2")
 # what the forward pass keeps
@@ -46,46 +48,57 @@ class SavedBlock:
     norm2: SavedNorm | None = None
     gelu: SavedGelu | None = None
     fc2: Tensor | None = None
+    entry: SavedEntry | None = None
 
 
 class Block:
-    """Pre-norm attention and MLP. `layers` maps norm1, qkv, proj, norm2, fc1, fc2 to layers with `params`.
+    """Pre-norm attention and MLP, and perhaps an `entry` that brings tokens to it. `layers` maps names to all layers
+    with `params`: norm1, qkv, proj, norm2, fc1, fc2, and those of attention and entry.
 
-    With `queries`, only so many leading tokens of each photo are asked for, as in the last block of a network whose
-    head reads the class token alone: all tokens are looked at, and nothing else is done for those that nobody reads.
+    With `queries` (of the attention), only so many leading tokens of each photo are asked for, as in the last block of
+    a network whose head reads the class token alone: all tokens are looked at, and nothing else is done for those that
+    nobody reads.
     """
 
     def __init__(
         self,
         name: str,
-        heads: int,
+        attention: Attention | WindowAttention,
         norm1: LayerNorm,
         qkv: Linear,
         proj: Linear,
         norm2: LayerNorm,
         fc1: Linear,
         fc2: Linear,
-        queries: int | None = None,
+        entry: Entry | None = None,
     ) -> None:
-        self.name, self.heads, self.queries = name, heads, queries
+        self.name, self.attention, self.entry = name, attention, entry
+        self.queries = attention.queries if isinstance(attention, Attention) else None
         self.norm1, self.qkv, self.proj = norm1, qkv, proj
         self.norm2, self.fc1, self.fc2 = norm2, fc1, fc2
 
     @property
     def linears(self) -> dict[str, Linear]:
-        """The four linears by name, in the order of the forward pass."""
-        return {"qkv": self.qkv, "proj": self.proj, "fc1": self.fc1, "fc2": self.fc2}
+        """The linears by name, in the order of the forward pass."""
+        own = {"qkv": self.qkv, "proj": self.proj, "fc1": self.fc1, "fc2": self.fc2}
+        return {"merge": self.entry.linear, **own} if isinstance(self.entry, Merge) else own
 
     @property
-    def layers(self) -> dict[str, Linear | LayerNorm]:
-        """All layers by name, in the order of the forward pass."""
-        return {"norm1": self.norm1, **self.linears, "norm2": self.norm2}
+    def layers(self) -> dict[str, Linear | LayerNorm | WindowAttention]:
+        """All layers that have parameters, by name."""
+        entry = {} if self.entry is None else self.entry.layers
+        attention = {"attention": self.attention} if isinstance(self.attention, WindowAttention) else {}
+        return {**entry, "norm1": self.norm1, **self.linears, **attention, "norm2": self.norm2}
 
     def forward(self, x: Tensor, run: Pass, keep: Keep | None) -> tuple[Tensor, SavedBlock | None]:
         """(B, N, D) -> (B, n, D), in the buffer that the outputs of all blocks share, n = N or `queries`. `keep` None:
         inference."""
+        entered = None
+        if self.entry is not None:
+            kept = None if keep is None else f"{self.name}.entry"
+            x, entered = self.entry.forward(x, run, kept, _kept_dtype(keep or Keep(), x.dtype))
         batch, tokens, width = x.shape
-        saved = SavedBlock((batch, tokens, width), keep or Keep())
+        saved = SavedBlock((batch, tokens, width), keep or Keep(), entry=entered)
         names = _names(self.name, () if keep is None else _KEPT[keep.rebuild])
         dtype = _kept_dtype(saved.keep, x.dtype)
         residual = self._asked(x)
@@ -101,8 +114,8 @@ class Block:
         return y.view(batch, tokens, width), None if keep is None else saved
 
     def backward(self, saved: SavedBlock, dy: Tensor, run: Pass) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B, n, D) -> gradient of x (B, N, D), in place in `dy` where n = N, else in the buffer "gradient", and
-        gradients named `<layer>.<parameter>`."""
+        """(B, n, D) -> gradient of x (B, N, D), in place in `dy` where n = N and tokens come in as they are, else in a
+        buffer, and gradients named `<layer>.<parameter>`."""
         batch, all_tokens, width = saved.shape
         tokens = self.queries or all_tokens
         dy = dy.view(-1, width) if self.queries is None else dy.reshape(-1, width).clone()
@@ -131,7 +144,7 @@ class Block:
         assert saved.attention is not None
         mixed = saved.attention.output(dy.dtype, run).view_as(dy)
         dbranch, grads["proj"] = self.proj.backward_from_input(mixed, dy, run, out=dbranch)
-        dqkv = attention_backward(saved.attention, dbranch.view(batch, tokens, width), self.heads, run)
+        dqkv, grads["attention"] = self.attention.backward(saved.attention, dbranch.view(batch, tokens, width), run)
         n1 = self.norm1.again(saved.norm1, run)
         dbranch = take("block.branch", (len(n1), width), dy.dtype)
         dbranch, grads["qkv"] = self.qkv.backward_from_input(n1, dqkv.view(-1, 3 * width), run, out=dbranch)
@@ -141,6 +154,10 @@ class Block:
         else:
             dx = take("gradient", saved.shape, dy.dtype).copy_(dx.view(saved.shape))
             dx[:, :tokens].add_(dy.view(batch, tokens, width))
+        if self.entry is not None:
+            assert saved.entry is not None
+            dx, entry_grads = self.entry.backward(saved.entry, dx, run)
+            grads |= entry_grads
         named = {f"{layer}.{key}": value for layer in self.layers for key, value in grads[layer].items()}
         return dx, named
 
@@ -168,7 +185,7 @@ class Block:
         qkv = run.workspace.take(f"{save_as}.qkv" if own else "block.qkv", (len(n1), 3 * width), n1.dtype)
         qkv, _ = self.qkv.forward(n1, tokens, run, None, out=qkv)
         qkv = qkv.view(batch, tokens, 3 * width)
-        mixed, attention = attention_forward(qkv, self.heads, run, save_as, dtype, queries=self.queries)
+        mixed, attention = self.attention.forward(qkv, run, save_as, dtype)
         return mixed.view(-1, width), attention
 
     def _asked(self, x: Tensor) -> Tensor:

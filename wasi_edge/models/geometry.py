@@ -13,9 +13,29 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 from wasi_edge.errors import ArtefactError, UsageError
+
+
+class BlockShape(NamedTuple):
+    """One block at one input size: what it costs follows from this.
+
+    tokens      N, tokens per photo that it works on
+    width       D, channels of a token
+    mlp_width   M, hidden channels of its MLP
+    heads       attention heads
+    attended    tokens that look at each other: all of a photo's, or those of a window
+    merged      whether it takes four tokens of half the width for one of its own
+    """
+
+    tokens: int
+    width: int
+    mlp_width: int
+    heads: int
+    attended: int
+    merged: bool = False
+
 
 FEATURES = ("class", "mean", "class+mean", "class+distillation")
 _SIZES = ("patch_size", "width", "depth", "heads", "mlp_width", "position_grid", "channels")
@@ -57,6 +77,7 @@ class ViTGeometry:
     norm_eps: float = 1e-6
     registers: int = 0
     pool_first: bool = False
+    architecture: ClassVar[str] = "vit"
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -125,6 +146,15 @@ class ViTGeometry:
         """Tokens per image, class token and registers included. Raises UsageError as `grid` does."""
         return self.grid(image_size) ** 2 + self.leading_tokens
 
+    def at_size(self, image_size: int) -> ViTGeometry:
+        """The same network with a position table for `image_size`."""
+        return dataclasses.replace(self, position_grid=self.grid(image_size))
+
+    def block_shapes(self, image_size: int) -> list[BlockShape]:
+        """Of every block, in the order of the forward pass. Raises UsageError as `grid` does."""
+        tokens = self.tokens(image_size)
+        return [BlockShape(tokens, self.width, self.mlp_width, self.heads, tokens)] * self.depth
+
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(O, I) of every linear of the blocks, in the order of the forward pass."""
         shapes = {}
@@ -165,7 +195,7 @@ class ViTGeometry:
                 shapes[f"{prefix}.{norm}.bias"] = (width,)
                 for name in names:
                     linear = f"{prefix}.{name}"
-                    shapes.update(_linear_tensors(linear, *linears[linear], ranks.get(linear)))
+                    shapes.update(linear_tensors(linear, *linears[linear], ranks.get(linear)))
                 if self.layer_scale:
                     shapes[f"{prefix}.{scale}"] = (width,)
         shapes["norm.weight"] = (width,)
@@ -182,21 +212,29 @@ class ViTGeometry:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ViTGeometry:
         """The inverse of `to_dict`. Raises ArtefactError on missing, unknown or impossible values."""
-        if not isinstance(values, Mapping):
-            raise ArtefactError(f"geometry: expected a JSON object, found {values!r}")
-        fields = {field.name: field.default for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - set(fields)):
-            raise ArtefactError(f"geometry: unknown {', '.join(unknown)}; was it made by a newer wasi-edge?")
-        required = [name for name, default in fields.items() if default is dataclasses.MISSING]
-        if missing := [name for name in required if name not in values]:
-            raise ArtefactError(f"geometry: {', '.join(missing)} missing")
-        return cls(**values)
+        return cls(**checked_fields(cls, values))
 
 
-def _linear_tensors(name: str, rows: int, columns: int, rank: int | None) -> dict[str, tuple[int, ...]]:
+def checked_fields(cls: type[Any], values: Any) -> Mapping[str, Any]:
+    """`values`, if they are fields of the dataclass. Raises ArtefactError for missing and unknown ones."""
+    if not isinstance(values, Mapping):
+        raise ArtefactError(f"geometry: expected a JSON object, found {values!r}")
+    fields = {field.name: field.default for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ArtefactError(f"geometry: unknown {', '.join(unknown)}; was it made by a newer wasi-edge?")
+    required = [name for name, default in fields.items() if default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise ArtefactError(f"geometry: {', '.join(missing)} missing")
+    return values
+
+
+def linear_tensors(
+    name: str, rows: int, columns: int, rank: int | None, has_bias: bool = True
+) -> dict[str, tuple[int, ...]]:
     """Tensors of one linear of shape (O, I) = (rows, columns): dense, or left (O, K) and right (K, I)."""
+    bias: dict[str, tuple[int, ...]] = {f"{name}.bias": (rows,)} if has_bias else {}
     if rank is None:
-        return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+        return {f"{name}.weight": (rows, columns), **bias}
     if type(rank) is not int or not 1 <= rank <= min(rows, columns):
         raise ArtefactError(f"{name}: rank should be 1 to {min(rows, columns)}, found {rank!r}")
-    return {f"{name}.left": (rows, rank), f"{name}.right": (rank, columns), f"{name}.bias": (rows,)}
+    return {f"{name}.left": (rows, rank), f"{name}.right": (rank, columns), **bias}

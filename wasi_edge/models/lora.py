@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wasi_edge.errors import UsageError
 from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models.geometry_swin import Geometry
 from wasi_edge.models.vanilla import VanillaBlock, VanillaViT, build_vanilla
 
 _UPDATES = ("query_down", "query_up", "value_down", "value_up")
@@ -59,21 +61,33 @@ def is_update(name: str) -> bool:
     return name.rpartition(".")[2] in _UPDATES
 
 
+def for_vit(geometry: Geometry) -> ViTGeometry:
+    """`geometry`, if it is a ViT's. Raises UsageError for others."""
+    if not isinstance(geometry, ViTGeometry):
+        raise UsageError("lora is for ViT; choose another --method for Swin: wasi, wsi, asi, vanilla or head")
+    return geometry
+
+
 def build_lora(
-    geometry: ViTGeometry, read: Callable[[str], Tensor], image_size: int, num_classes: int, rank: int, seed: int
+    geometry: Geometry, read: Callable[[str], Tensor], image_size: int, num_classes: int, rank: int, seed: int
 ) -> VanillaViT:
-    """A network whose updates and classifier alone require gradients; arguments as for `build_vanilla`."""
+    """A network whose updates and classifier alone require gradients; arguments as for `build_vanilla`.
+
+    Raises UsageError as `for_vit` does.
+    """
+    vit = for_vit(geometry)
     generator = torch.Generator().manual_seed(seed)
 
     def read_or_start(name: str) -> Tensor:
         if not is_update(name):
             return read(name)
         if name.endswith("_up"):
-            return torch.zeros(geometry.width, rank)
-        bound = geometry.width**-0.5  # as for a linear layer
-        return torch.empty(rank, geometry.width).uniform_(-bound, bound, generator=generator)
+            return torch.zeros(vit.width, rank)
+        bound = vit.width**-0.5  # as for a linear layer
+        return torch.empty(rank, vit.width).uniform_(-bound, bound, generator=generator)
 
-    model = build_vanilla(geometry, read_or_start, image_size, num_classes, lambda: LoraBlock(geometry, rank))
+    model = build_vanilla(geometry, read_or_start, image_size, num_classes, lambda: LoraBlock(vit, rank))
+    assert isinstance(model, VanillaViT)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_update(name) or name.startswith("head."))
     return model

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from wasi_edge.models.geometry import ViTGeometry
-from wasi_edge.models.vit import resample_position
+from wasi_edge.models.geometry_swin import Geometry, SwinGeometry
+from wasi_edge.models.network import resampled
+from wasi_edge.models.vanilla_swin import VanillaSwin, VanillaSwinBlock
 
 
 class VanillaBlock(nn.Module):
@@ -109,25 +111,34 @@ class VanillaViT(nn.Module):
         return self.head(self.features(pixels))
 
 
+def new_block(geometry: Geometry, index: int, image_size: int) -> VanillaBlock | VanillaSwinBlock:
+    """Block `index` alone, uninitialised."""
+    if isinstance(geometry, SwinGeometry):
+        return VanillaSwinBlock(geometry, index, image_size)
+    return VanillaBlock(geometry)
+
+
 def build_vanilla(
-    geometry: ViTGeometry,
+    geometry: Geometry,
     read: Callable[[str], Tensor],
     image_size: int,
     num_classes: int,
     new_block: Callable[[], VanillaBlock] | None = None,
     checkpointed: bool = False,
-) -> VanillaViT:
+) -> VanillaViT | VanillaSwin:
     """A network with dense weights; `read(name)` gives a tensor by its artefact name, those that only blocks of
-    another kind have (`new_block`) included. The head is left at zero."""
+    another kind have (`new_block`, for ViT) included. The head is left at zero."""
+    model: VanillaViT | VanillaSwin
     with torch.device("meta"):
-        model = VanillaViT(geometry, image_size, num_classes, new_block, checkpointed)
+        if isinstance(geometry, SwinGeometry):
+            model = VanillaSwin(geometry, image_size, num_classes, checkpointed)
+        else:
+            model = VanillaViT(geometry, image_size, num_classes, new_block, checkpointed)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("head."):
                 parameter.zero_()
-            elif name == "position":
-                parameter.copy_(resample_position(read(name), geometry, image_size))
             else:
-                parameter.copy_(read(name))
+                parameter.copy_(resampled(name, read(name), geometry, image_size))
     return model

@@ -19,6 +19,7 @@ from wasi_edge.chunks import (
     NORM_ROWS,
     UPDATE_MATRICES,
     attention_photos,
+    window_photos,
 )
 from wasi_edge.keep import kept_bytes_per_token, rebuilt_bytes_per_token
 from wasi_edge.method import Method
@@ -79,50 +80,65 @@ def update_scratch_bytes(linears: Iterable[tuple[int, int, int]]) -> int:
 
 
 def kept_bytes(load: Workload, choices: Choices) -> int:
-    """What all trained blocks keep for each token, what the one at work rebuilds, and the z of its linear at work."""
+    """Of a photo: what all trained blocks keep, what the one at work rebuilds, and the z of its linear at work."""
+    queries, keeps = load.geometry.queries, choices.keeps()
+    kept, rebuilt = 0.0, 0.0
+    for number, (shape, keep) in enumerate(zip(load.blocks[load.depth - len(keeps) :], keeps, strict=True), 1):
+        # whole inputs are as many numbers as those compressed to their own width
+        rank = shape.mlp_width if load.method is Method.WSI else choices.gradient_rank
+        sizes = shape.width, shape.mlp_width, shape.heads, rank
+        read = queries / shape.tokens if queries and number == len(keeps) else 1.0
+        kept += shape.tokens * kept_bytes_per_token(keep, *sizes, read)
+        rebuilt = max(rebuilt, shape.tokens * rebuilt_bytes_per_token(keep, *sizes))
+        if shape.merged:  # the norm of four tokens of half the width
+            kept += shape.tokens * ((2 if keep.compact else 4) * 2 * shape.width + 4)
+    most = max((shape.tokens for shape in load.blocks[load.depth - len(keeps) :]), default=0)
+    return math.ceil(kept + rebuilt) + FLOAT * choices.gradient_rank * most
+
+
+def forward_bytes(load: Workload) -> int:
+    """Of a photo: what a forward pass holds beside the weights, whether or not anything is kept."""
     geometry = load.geometry
-    # whole inputs are as many numbers as those compressed to their own width
-    rank = geometry.mlp_width if load.method is Method.WSI else choices.gradient_rank
-    shape = geometry.width, geometry.mlp_width, geometry.heads, rank
-    counts = choices.count_keeps()
-    kept = sum(count * kept_bytes_per_token(keep, *shape) for keep, count in counts.items())
-    if geometry.queries:
-        last, read = choices.keeps()[-1], geometry.queries / load.tokens
-        kept += kept_bytes_per_token(last, *shape, read) - kept_bytes_per_token(last, *shape)
-    rebuilt = max((rebuilt_bytes_per_token(keep, *shape) for keep in counts), default=0)
-    return math.ceil(kept + rebuilt) + FLOAT * choices.gradient_rank
-
-
-def forward_bytes_per_token(load: Workload) -> int:
-    """What a forward pass holds per token beside the weights, whether or not anything is kept."""
-    d, m = load.geometry.width, load.geometry.mlp_width
-    patches = load.geometry.channels * load.geometry.patch_size**2
+    patches = load.tokens * geometry.channels * geometry.patch_size**2
+    # (branch, middle, out, norm's and attention's output), and what reordered or merged tokens are read from
+    wide = 5 * load.most_numbers + (load.most_numbers if load.has_entries else 0)
+    qkv, inner = 3 * load.most_numbers, max(shape.tokens * shape.mlp_width for shape in load.blocks)
     # a dense weight has no hidden layer, but its output gradient times LayerScale
-    hidden = max(load.largest_rank, d if load.method is Method.ASI and load.geometry.layer_scale else 0)
-    # hidden, qkv, (branch, middle, out, norm's and attention's output), inner, patches
-    return FLOAT * (hidden + 3 * d + 5 * d + m + patches)
+    scaled = load.most_numbers if load.method is Method.ASI and geometry.layer_scale else 0
+    return FLOAT * (max(load.most_hidden, scaled) + qkv + wide + inner + patches)
 
 
-def shared_bytes_per_token(load: Workload) -> int:
-    """What forward and backward passes hold per token beside the weights and what the blocks keep."""
-    d = load.geometry.width
-    # of the backward pass alone: gradient of the residual stream, the last norm's x_hat
-    return forward_bytes_per_token(load) + FLOAT * 2 * d
+def shared_bytes(load: Workload) -> int:
+    """Of a photo: what forward and backward passes hold beside the weights and what the blocks keep."""
+    # of the backward pass alone: gradient of the residual stream, the last norm's x_hat; gradients on their way back to
+    # another order
+    return forward_bytes(load) + FLOAT * (4 if load.has_entries else 2) * load.most_numbers
 
 
 def fresh_bytes(load: Workload, micro_batch: int, ample: bool = False) -> int:
     """What is made anew each time: norms, a few tokens at a time, and attention, a few photos at a time (q, k, v and
-    their gradients, the output and its). Norms and one photo are counted twice, for the gaps it leaves in the heap."""
-    d, rows = load.geometry.width, min(micro_batch * load.tokens, NORM_ROWS)
-    photos = min(micro_batch, attention_photos(load.tokens, ample))
-    return FLOAT * (2 * 2 * d * rows + (1 + photos) * load.tokens * 8 * d)
+    their gradients, the output and its; the scores of windows, four times). Norms and one photo are counted twice, for
+    the gaps it leaves in the heap."""
+    norms, attention = 0, 0
+    for shape in set(load.blocks):
+        rows = min(micro_batch * shape.tokens, NORM_ROWS)
+        norms = max(norms, 2 * 2 * (2 if shape.merged else 1) * shape.width * rows)
+        numbers = shape.tokens * 8 * shape.width
+        if shape.attended < shape.tokens or load.has_entries:
+            photos = min(micro_batch, window_photos(shape.tokens, shape.attended, shape.heads))
+            numbers += 4 * shape.tokens * shape.heads * shape.attended
+        else:
+            photos = min(micro_batch, attention_photos(shape.tokens, ample))
+        attention = max(attention, (1 + photos) * numbers)
+    return FLOAT * (norms + attention)
 
 
 def scratch_bytes(load: Workload, micro_batch: int, compact: bool, ample: bool = False) -> int:
     """What is made anew, and the buffers of GELU's derivative (where it is kept), a few tokens at a time, and of a
     factor times LayerScale."""
-    rows = min(micro_batch * load.tokens, GELU_ROWS)
-    few = 2 * load.geometry.mlp_width * rows if compact else 0
+    few = 0
+    if compact:
+        few = 2 * max(shape.mlp_width * min(micro_batch * shape.tokens, GELU_ROWS) for shape in load.blocks)
     if load.geometry.layer_scale:
         few += load.largest_left
     return FLOAT * few + fresh_bytes(load, micro_batch, ample)
@@ -141,24 +157,22 @@ def token_bytes(tokens: int, width: int) -> int:
 
 
 def cached_bytes_per_photo(load: Workload) -> int:
-    """`token_bytes` of this workload."""
-    return token_bytes(load.tokens, load.geometry.width)
+    """`token_bytes` of this workload, wherever the frozen blocks end."""
+    return max(token_bytes(shape.tokens, shape.width) for shape in load.blocks)
 
 
 def training_items(load: Workload, choices: Choices) -> list[Item]:
     """Memory of a run on the explicit engine (`wasi`, `wsi`, `asi`) beyond the base, item by item."""
     counts, micro_batch = load.counts, choices.micro_batch
-    depth = load.geometry.depth
-    first = depth - choices.trained_blocks
+    first = load.depth - choices.trained_blocks
     linear_bytes, other_bytes = _held_weights(load, choices)
     learning = sum(counts.others[first:]) + counts.top + (0 if first else counts.stem)
     # the patch embedding's gradient is made anew by each micro-batch and then added
     made = 0 if first else load.geometry.width * load.geometry.channels * load.geometry.patch_size**2
-    tokens = micro_batch * load.tokens
-    at_work = tokens * shared_bytes_per_token(load)
+    at_work = micro_batch * shared_bytes(load)
     at_work += scratch_bytes(load, micro_batch, choices.compact, ample=not choices.trimmed)
     at_work += widened_bytes(load, choices.weight_bits)
-    kept = tokens * kept_bytes(load, choices)
+    kept = micro_batch * kept_bytes(load, choices)
     updating = _trained_sizes(load, choices).scratch
     if load.lends and choices.trimmed:  # it works in the memory of the two, as far as it goes
         updating = max(0, updating - kept - at_work)
@@ -183,16 +197,16 @@ def training_items(load: Workload, choices: Choices) -> list[Item]:
 def frozen_items(load: Workload, choices: Choices) -> list[Item]:
     """Memory beyond the base while the output of the frozen blocks is cached, before anything is trained."""
     counts, micro_batch = load.counts, min(choices.micro_batch, EVALUATION_BATCH)
-    frozen = slice(0, load.geometry.depth - choices.trained_blocks)
+    frozen = slice(0, load.depth - choices.trained_blocks)
     others = sum(counts.others[frozen]) + counts.stem
     items = [
         Item(
             "weights of the frozen blocks",
-            _linear_bytes(load, choices, range(load.geometry.depth)[frozen]) + others * FLOAT,
+            _linear_bytes(load, choices, range(load.depth)[frozen]) + others * FLOAT,
         ),
         Item(
             "buffers of the layer at work",
-            micro_batch * (load.tokens * forward_bytes_per_token(load) + cached_bytes_per_photo(load))
+            micro_batch * (forward_bytes(load) + cached_bytes_per_photo(load))
             + widened_bytes(load, choices.weight_bits),
         ),
         _photos(load, micro_batch),
@@ -202,17 +216,18 @@ def frozen_items(load: Workload, choices: Choices) -> list[Item]:
 
 def vanilla_items(load: Workload, choices: Choices) -> list[Item]:
     """Memory of a run of `vanilla` beyond the base: dense weights, gradients, two moments, autograd's tape."""
-    geometry = load.geometry
-    d, m, heads = geometry.width, geometry.mlp_width, geometry.heads
+    geometry, micro_batch = load.geometry, choices.micro_batch
     linears, others = weight_counts(load)
-    per_block = 2 * (d + 2) + 3 * d + d + heads + 2 * d + m + m + (2 * d if geometry.layer_scale else 0) + 2 * d
-    transient = 2 * m + 6 * d
-    micro_batch = choices.micro_batch
-    tokens = micro_batch * load.tokens
-    kept = tokens * per_block * geometry.depth * FLOAT
-    if geometry.queries:
-        kept -= tokens * (2 * m + 3 * d) * FLOAT  # of the last block, those of the MLP and of the attention's output
-    at_work = tokens * transient * FLOAT
+    kept = at_work = 0
+    for shape in load.blocks:
+        d, m, heads = shape.width, shape.mlp_width, shape.heads
+        per_token = 2 * (d + 2) + 3 * d + d + heads + 2 * d + m + m + (2 * d if geometry.layer_scale else 0) + 2 * d
+        if load.has_entries:  # rolled and partitioned twice; scores whose bias learns are kept, and their softmax
+            per_token += 4 * d + 3 * heads * shape.attended
+        kept += micro_batch * shape.tokens * per_token * FLOAT
+        at_work = max(at_work, micro_batch * shape.tokens * (2 * m + 6 * d) * FLOAT)
+    if geometry.queries:  # of the last block, those of the MLP and of the attention's output
+        kept -= micro_batch * shape.tokens * (2 * m + 3 * d) * FLOAT
     items = [
         Item("weights (dense)", (linears + others) * FLOAT),
         Item("gradients", (linears + others) * FLOAT),
@@ -228,8 +243,8 @@ def vanilla_items(load: Workload, choices: Choices) -> list[Item]:
 def lora_items(load: Workload, choices: Choices) -> list[Item]:
     """Memory of a run of `lora` beyond the base: dense weights, and autograd's tape, in which the inputs of weights
     that stay are missing and all else is as large as ever."""
-    geometry = load.geometry
-    d, m, heads, rank = geometry.width, geometry.mlp_width, geometry.heads, load.lora_rank
+    geometry, shape = load.geometry, load.blocks[0]
+    d, m, heads, rank = shape.width, shape.mlp_width, shape.heads, load.lora_rank
     linears, others = weight_counts(load)
     learning = geometry.depth * 4 * d * rank + load.num_classes * (geometry.feature_width + 1)
     # two norms with their inputs, norm1's output, qkv with queries and values made anew, attention, GELU's input
@@ -252,7 +267,7 @@ def head_items(load: Workload, choices: Choices, num_photos: int) -> list[Item]:
     """Memory beyond the base while the closed-form head is fitted: weights, one forward pass, and the features'
     statistics; of what training needs later, what exists by then."""
     micro_batch = min(choices.micro_batch, EVALUATION_BATCH)
-    buffers = micro_batch * load.tokens * forward_bytes_per_token(load) + widened_bytes(load, choices.weight_bits)
+    buffers = micro_batch * forward_bytes(load) + widened_bytes(load, choices.weight_bits)
     items = [
         Item("weights", sum(_held_weights(load, choices))),
         Item("buffers of the layer at work", buffers),
@@ -274,7 +289,7 @@ def head_fit_bytes(load: Workload, num_photos: int) -> int:
 def loading_items(load: Workload, choices: Choices) -> list[Item]:
     """Memory beyond the base while weights are read, where some have to be truncated first: all of the others, and one
     dense weight (O, I) with the float64 copies and Gram matrices that its factorisation takes."""
-    first = load.geometry.depth - choices.trained_blocks
+    first = load.depth - choices.trained_blocks
     shapes = [(out, inner) for block, out, inner in load.truncated if block >= first]
     if not shapes:
         return []
@@ -289,7 +304,7 @@ def loading_items(load: Workload, choices: Choices) -> list[Item]:
 def _held_weights(load: Workload, choices: Choices) -> tuple[int, int]:
     """Bytes of the linears and of all else that is in memory while blocks learn: without frozen blocks and stem where
     what those make of the photos waits on disk."""
-    counts, depth = load.counts, load.geometry.depth
+    counts, depth = load.counts, load.depth
     held = range(depth - choices.trained_blocks if choices.cached_views else 0, depth)
     others = sum(counts.others[block] for block in held) + counts.top + (0 if choices.cached_views else counts.stem)
     return _linear_bytes(load, choices, held), others * FLOAT
@@ -297,7 +312,7 @@ def _held_weights(load: Workload, choices: Choices) -> tuple[int, int]:
 
 def _linear_bytes(load: Workload, choices: Choices, blocks: range) -> int:
     """The weights of the linears in `blocks`. Frozen ones stay as they are stored: those that are dense in float32."""
-    first = load.geometry.depth - choices.trained_blocks
+    first = load.depth - choices.trained_blocks
     count = 0
     for block in blocks:
         dense, factored = (load.stored_counts if block < first else load.trained_counts)[block]
@@ -325,7 +340,7 @@ def _trained_sizes(load: Workload, choices: Choices) -> _TrainedSizes:
     """Worked out once: thousands of plans share them."""
     key = choices.trained_blocks, choices.gradient_rank
     if key not in load.memo:
-        first = load.geometry.depth - choices.trained_blocks
+        first = load.depth - choices.trained_blocks
         linears = [linear for block in load.linears[first:] for linear in block]
         ranks = [(out, inner, min(choices.gradient_rank, inner)) for out, inner, _ in linears]
         load.memo[key] = _TrainedSizes(

@@ -10,7 +10,8 @@ from typing import Any
 
 from wasi_edge.chunks import padded_rank
 from wasi_edge.method import Method
-from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models.geometry import BlockShape
+from wasi_edge.models.geometry_swin import Geometry
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Workload:
     lends            whether buffers can lend their pages to the update (`memory/pages.py`)
     """
 
-    geometry: ViTGeometry
+    geometry: Geometry
     image_size: int
     ranks: Mapping[str, int | None]
     num_classes: int
@@ -35,8 +36,34 @@ class Workload:
 
     @cached_property
     def tokens(self) -> int:
-        """N, tokens per photo."""
+        """N, tokens per photo, where they come to the first block."""
         return self.geometry.tokens(self.image_size)
+
+    @cached_property
+    def blocks(self) -> list[BlockShape]:
+        """Shapes of all blocks."""
+        return self.geometry.block_shapes(self.image_size)
+
+    @property
+    def depth(self) -> int:
+        """How many blocks there are."""
+        return self.geometry.depth
+
+    @property
+    def has_entries(self) -> bool:
+        """Whether tokens change their order between blocks."""
+        return self.geometry.architecture == "swin"
+
+    @cached_property
+    def most_numbers(self) -> int:
+        """N D of the block for which that is largest."""
+        return max(shape.tokens * shape.width for shape in self.blocks)
+
+    @cached_property
+    def most_hidden(self) -> int:
+        """N K, of the linear and as held, for which that is largest; of one photo."""
+        pairs = zip(self.blocks, self.linears, strict=True)
+        return max(shape.tokens * padded_rank(rank) for shape, linears in pairs for _, _, rank in linears)
 
     @cached_property
     def linears(self) -> list[list[tuple[int, int, int]]]:
@@ -104,13 +131,13 @@ class Workload:
             count = math.prod(shape)
             if name.startswith("blocks."):
                 block = int(name.split(".")[1])
-                if len(shape) == 2:
+                if len(shape) == 2 and not name.endswith("bias_table"):
                     linears[block] += count
                 else:
                     others[block] += count
             elif name == "position":
                 stem += self.tokens * self.geometry.width
-            elif name.startswith(("patch_embed", "class_token", "registers")):
+            elif name.startswith(("patch_embed", "patch_norm", "class_token", "registers")):
                 stem += count
             else:
                 top += count

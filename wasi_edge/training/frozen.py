@@ -24,7 +24,7 @@ from torch import Tensor
 
 from wasi_edge.errors import WasiEdgeError
 from wasi_edge.layers.saving import Pass
-from wasi_edge.models.vit import VisionTransformer
+from wasi_edge.models.network import VisionTransformer
 from wasi_edge.planner.memory import token_bytes
 from wasi_edge.tensorfile import write_json_atomic
 from wasi_edge.training.photos import PhotoSet

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from wasi_edge.layers.linear import LinearKinds
 from wasi_edge.method import Method
-from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models.geometry_swin import Geometry
 from wasi_edge.models.lora import build_lora
+from wasi_edge.models.network import build_network
 from wasi_edge.models.vanilla import build_vanilla
-from wasi_edge.models.vit import build_vit
 from wasi_edge.planner.choices import Choices
 from wasi_edge.training import defaults
 from wasi_edge.training.trainer import FrozenTrainer, Recipe, SubspaceTrainer, Trainer
@@ -20,7 +20,7 @@ from wasi_edge.training.vanilla_trainer import LoraTrainer, VanillaTrainer
 
 def make_trainer(
     method: Method,
-    geometry: ViTGeometry,
+    geometry: Geometry,
     ranks: Mapping[str, int | None],
     read: Callable[[str], Tensor],
     image_size: int,
@@ -42,7 +42,7 @@ def make_trainer(
         return LoraTrainer(lora, recipe, active)
     first = geometry.depth - choices.trained_blocks if choices.cached_views else 0
     blocks, kinds = range(first, geometry.depth), LinearKinds.of(method)
-    network = build_vit(geometry, ranks, read, image_size, head=True, blocks=blocks, kinds=kinds)
+    network = build_network(geometry, ranks, read, image_size, head=True, blocks=blocks, kinds=kinds)
     if method is Method.HEAD:
         return FrozenTrainer(network)
     keeps, rank = choices.keeps(), choices.gradient_rank

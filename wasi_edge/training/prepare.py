@@ -23,7 +23,7 @@ from wasi_edge.memory.malloc import settle_threads
 from wasi_edge.memory.pages import can_drop_pages
 from wasi_edge.memory.process import read_memory
 from wasi_edge.method import Method
-from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models.geometry_swin import Geometry
 from wasi_edge.models.locate import resolve_model
 from wasi_edge.planner.choices import CACHED_VIEWS
 from wasi_edge.planner.memory import cached_bytes_per_photo
@@ -54,7 +54,7 @@ class ModelChoice:
 
     folder: Path
     name: str
-    geometry: ViTGeometry
+    geometry: Geometry
     preprocessing: Preprocessing
     config: ModelConfig | None
     is_run: bool
@@ -208,7 +208,7 @@ def _stored_ranks(request: FinetuneRequest, model: ModelChoice) -> dict[str, int
     return {name: model.config.linears[name] for name in model.geometry.linear_shapes()}
 
 
-def _work(request: FinetuneRequest, folder: PhotoFolder, geometry: ViTGeometry) -> Work:
+def _work(request: FinetuneRequest, folder: PhotoFolder, geometry: Geometry) -> Work:
     parts = Counter(photo.part for photo in folder.photos)
     if parts["val"]:
         num_val, num_train = parts["val"], parts["train"]

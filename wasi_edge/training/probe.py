@@ -19,7 +19,8 @@ from typing import Any
 from wasi_edge.errors import Interrupted, WasiEdgeError
 from wasi_edge.memory.process import ProcessMemory
 from wasi_edge.method import Method
-from wasi_edge.models.geometry import ViTGeometry
+from wasi_edge.models.geometry import BlockShape
+from wasi_edge.models.geometry_swin import Geometry, geometry_from_dict
 from wasi_edge.training.defaults import LORA_RANK
 
 _PHOTOS = 4
@@ -52,7 +53,7 @@ class ProbeResult:
 
 
 def run_probe(
-    geometry: ViTGeometry,
+    geometry: Geometry,
     image_size: int,
     method: str,
     gradient_rank: int,
@@ -69,6 +70,7 @@ def run_probe(
     Raises WasiEdgeError with the child's message if it fails, Interrupted once `stop_wanted`.
     """
     question = {
+        "architecture": geometry.architecture,
         "geometry": geometry.to_dict(),
         "image_size": image_size,
         "method": method,
@@ -146,8 +148,9 @@ def _measure(question: dict[str, Any], threads: int, before: ProcessMemory) -> d
     torch.set_num_threads(threads)
     import_bytes = read_memory().rss_bytes - before.rss_bytes
     release_library_pages()
-    geometry = ViTGeometry.from_dict(question["geometry"])
-    _warm_up(_PHOTOS * geometry.tokens(question["image_size"]), geometry.width, geometry.mlp_width)
+    geometry = geometry_from_dict(question["architecture"], question["geometry"])
+    shapes = geometry.block_shapes(question["image_size"])
+    _warm_up(_PHOTOS * shapes[0].tokens, shapes[0].width, shapes[0].mlp_width)
     warm = read_memory()
     method = Method(question["method"])
     reuse_freed_memory(any_size=not method.is_explicit)  # as the run does after its first step
@@ -198,37 +201,43 @@ def _ranks(question: dict[str, Any]) -> dict[str, int | None]:
         return choose_ranks(source, Settings(epsilon=question["epsilon"], always_factor=True))
 
 
-def _random_block(geometry: ViTGeometry, ranks: Mapping[str, int | None], kinds: Any = None) -> Any:
+def _middle_block(geometry: Geometry, image_size: int) -> tuple[int, BlockShape]:
+    """A block of the network's middle that takes tokens as they are: its number and shape."""
+    shapes = geometry.block_shapes(image_size)
+    index = next(index for index in range(geometry.depth // 2, -1, -1) if not shapes[index].merged)
+    return index, shapes[index]
+
+
+def _random_block(geometry: Geometry, image_size: int, ranks: Mapping[str, int | None], kinds: Any = None) -> Any:
     """A block of the network's middle with random weights."""
     import torch
 
     from wasi_edge.layers.linear import PLAIN_KINDS
-    from wasi_edge.models.vit import build_block
+    from wasi_edge.models.network import build_block
 
-    index = geometry.depth // 2
+    index, _ = _middle_block(geometry, image_size)
     shapes = geometry.tensor_shapes(ranks, None)
     generator = torch.Generator().manual_seed(0)
 
     def read(name: str) -> torch.Tensor:
         return torch.randn(shapes[name], generator=generator).mul_(0.02)
 
-    return build_block(geometry, index, ranks, read, kinds or PLAIN_KINDS)
+    return build_block(geometry, index, ranks, read, image_size, kinds or PLAIN_KINDS)
 
 
-def _infer_block(
-    geometry: ViTGeometry, image_size: int, ranks: Mapping[str, int | None], enough_seconds: float
-) -> float:
+def _infer_block(geometry: Geometry, image_size: int, ranks: Mapping[str, int | None], enough_seconds: float) -> float:
     import torch
 
     from wasi_edge.layers.saving import Pass
 
-    block, run = _random_block(geometry, ranks), Pass()
-    x = torch.randn(_PHOTOS, geometry.tokens(image_size), geometry.width, generator=torch.Generator().manual_seed(1))
+    block, run = _random_block(geometry, image_size, ranks), Pass()
+    _, shape = _middle_block(geometry, image_size)
+    x = torch.randn(_PHOTOS, shape.tokens, shape.width, generator=torch.Generator().manual_seed(1))
     return _median_seconds(lambda: block.forward(x, run, None), enough_seconds)
 
 
 def _train_block(
-    geometry: ViTGeometry,
+    geometry: Geometry,
     image_size: int,
     ranks: Mapping[str, int | None],
     kinds: Any,
@@ -243,12 +252,12 @@ def _train_block(
     from wasi_edge.layers.saving import Pass
     from wasi_edge.training.factor_update import FactorUpdate
 
-    block, run = _random_block(geometry, ranks, kinds), Pass(refresh_basis=True)
-    tokens = geometry.tokens(image_size)
+    block, run = _random_block(geometry, image_size, ranks, kinds), Pass(refresh_basis=True)
+    _, shape = _middle_block(geometry, image_size)
     generator = torch.Generator().manual_seed(1)
     for linear in block.linears.values():
-        linear.start_training(gradient_rank, tokens, generator)
-    x = torch.randn(_PHOTOS, tokens, geometry.width, generator=generator)
+        linear.start_training(gradient_rank, shape.tokens, generator)
+    x = torch.randn(_PHOTOS, shape.tokens, shape.width, generator=generator)
     latest: dict[str, Any] = {}
 
     def both() -> None:
@@ -268,22 +277,26 @@ def _train_block(
 
 
 def _train_autograd_block(
-    geometry: ViTGeometry, image_size: int, lora_rank: int | None, enough_seconds: float
+    geometry: Geometry, image_size: int, lora_rank: int | None, enough_seconds: float
 ) -> tuple[float, float]:
     """The same for a dense block under autograd and torch's AdamW, all of it or its low-rank updates alone."""
     import torch
 
-    from wasi_edge.models.lora import LoraBlock, is_update
-    from wasi_edge.models.vanilla import VanillaBlock
+    from wasi_edge.models.lora import LoraBlock, for_vit, is_update
+    from wasi_edge.models.vanilla import new_block
 
-    block = VanillaBlock(geometry) if lora_rank is None else LoraBlock(geometry, lora_rank)
+    index, shape = _middle_block(geometry, image_size)
+    if lora_rank is None:
+        block: torch.nn.Module = new_block(geometry, index, image_size)
+    else:
+        block = LoraBlock(for_vit(geometry), lora_rank)
     with torch.no_grad():
         for name, parameter in block.named_parameters():
             if is_update(name):
                 parameter.zero_()
             parameter.requires_grad_(lora_rank is None or is_update(name))
     optimizer = torch.optim.AdamW([p for p in block.parameters() if p.requires_grad], lr=1e-6)
-    x = torch.randn(_PHOTOS, geometry.tokens(image_size), geometry.width).requires_grad_()
+    x = torch.randn(_PHOTOS, shape.tokens, shape.width).requires_grad_()
 
     def both() -> None:
         block(x).square().mean().backward()

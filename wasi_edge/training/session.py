@@ -262,11 +262,12 @@ class Session:
         self._events.stage("running the frozen blocks", total)
         request, plan, model = self._prepared.request, self._prepared.plan, self._prepared.model
         size = model.preprocessing.image_size
+        last = model.geometry.block_shapes(size)[-plan.trained_blocks - 1]  # of the frozen ones
         sides = (self._photos, self._held_out)
         frozen_photos = cache_tokens(
             self._work_folder / "frozen",
             lambda: setup.build_frozen(self._prepared, self._model_folder),
-            (model.geometry.tokens(size), model.geometry.width),
+            (last.tokens, last.width),
             *sides,
             views,
             request.seed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,7 +17,7 @@ from wasi_edge.conversion.calibration import spread
 from wasi_edge.conversion.convert import Calibration, Settings, convert
 from wasi_edge.conversion.factorise import factorise
 from wasi_edge.conversion.sources import open_source
-from wasi_edge.models.vit import VisionTransformer, build_vit, resample_position
+from wasi_edge.models.network import VisionTransformer, build_network, resampled
 from wasi_edge.training import defaults
 from wasi_edge.training.methods import make_trainer
 from wasi_edge.training.photos import PhotoSet
@@ -82,7 +81,7 @@ def build_frozen(prepared: Prepared, model_folder: Path) -> VisionTransformer:
     geometry, size = prepared.model.geometry, prepared.model.preprocessing.image_size
     blocks = range(geometry.depth - prepared.plan.trained_blocks)
     with _reader(prepared, model_folder, _held_type(prepared)) as read:
-        return build_vit(geometry, prepared.ranks, read, size, head=False, blocks=blocks)
+        return build_network(geometry, prepared.ranks, read, size, head=False, blocks=blocks)
 
 
 def earlier_head(config: ModelConfig, folder: Path) -> tuple[Tensor, Tensor]:
@@ -96,7 +95,7 @@ def artefact_config(prepared: Prepared, training: dict[str, Any]) -> ModelConfig
     """Configuration of this run's result; its position table is that of the training size."""
     model, request = prepared.model, prepared.request
     size = model.preprocessing.image_size
-    geometry = dataclasses.replace(model.geometry, position_grid=size // model.geometry.patch_size)
+    geometry = model.geometry.at_size(size)
     provenance: Mapping[str, Any] = {} if model.config is None else model.config.provenance
     return ModelConfig(
         name=model.name,
@@ -121,8 +120,8 @@ def save_model(trainer: Trainer, prepared: Prepared, model_folder: Path, config:
     with start as read, write_artefact(out, config) as writer:
         for name in names:
             value = parameters[name] if name in parameters else read(name)
-            if name == "position" and name not in parameters:
-                value = resample_position(value, prepared.model.geometry, prepared.model.preprocessing.image_size)
+            if name not in parameters:
+                value = resampled(name, value, prepared.model.geometry, prepared.model.preprocessing.image_size)
             writer.add(name, value.float().contiguous().numpy())
 
 

@@ -19,7 +19,7 @@ from wasi_edge.keep import Keep
 from wasi_edge.layers.linear import SubspaceLinear
 from wasi_edge.layers.saving import Pass
 from wasi_edge.memory.malloc import release_free_memory
-from wasi_edge.models.vit import VisionTransformer, artefact_name
+from wasi_edge.models.network import VisionTransformer, artefact_name
 from wasi_edge.training.adam import Adam
 from wasi_edge.training.factor_update import FactorUpdate
 from wasi_edge.training.head import Head
@@ -157,7 +157,7 @@ class SubspaceTrainer(FrozenTrainer):
                 raise WasiEdgeError(
                     f"{name} keeps a dense gradient: it has to be factored before it can be trained with wasi"
                 )
-            linear.start_training(gradient_rank, model.tokens, generator)
+            linear.start_training(gradient_rank, model.tokens_of(name), generator)
             self._linears[name] = linear
         self._factors = FactorUpdate(self._linears, recipe.weight_decay, carry_grams, seed, TURNS)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wasi_edge.models.lora import LoraBlock, is_update
 from wasi_edge.models.vanilla import VanillaViT
+from wasi_edge.models.vanilla_swin import VanillaSwin
 from wasi_edge.training.head import Head
 from wasi_edge.training.loss import Loss, cross_entropy
 from wasi_edge.training.trainer import Recipe, refuse_divergence
@@ -20,11 +21,11 @@ from wasi_edge.training.trainer import Recipe, refuse_divergence
 class VanillaTrainer:
     """The dense network under autograd, with torch's AdamW."""
 
-    def __init__(self, model: VanillaViT, recipe: Recipe, active: Tensor | None = None) -> None:
+    def __init__(self, model: VanillaViT | VanillaSwin, recipe: Recipe, active: Tensor | None = None) -> None:
         self.model, self.recipe, self.active = model, recipe, active
         self._learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        decayed = [p for n, p in self._learning.items() if p.ndim == 2 and n != "position"]
-        kept = [p for n, p in self._learning.items() if p.ndim != 2 or n == "position"]
+        decayed = [p for n, p in self._learning.items() if is_decayed(n, p)]
+        kept = [p for n, p in self._learning.items() if not is_decayed(n, p)]
         self._optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}],
             lr=recipe.learning_rate,
@@ -90,8 +91,15 @@ class VanillaTrainer:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
 
+def is_decayed(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay is for a parameter: weights of linears, and no tables of positions or tokens."""
+    return parameter.ndim == 2 and not name.endswith(("position", "registers", "bias_table"))
+
+
 class LoraTrainer(VanillaTrainer):
     """The same, for a network whose weights stay: low-rank updates of queries and values learn, and the classifier."""
+
+    model: VanillaViT
 
     def __init__(self, model: VanillaViT, recipe: Recipe, active: Tensor | None = None) -> None:
         super().__init__(model, recipe, active)
