@@ -96,7 +96,7 @@ def test_a_backbone_has_no_labels(tmp_path):
         ({"schema_version": 2}, "newer wasi-edge .*upgrade"),
         ({"schema_version": "1"}, "schema_version should be"),
         ({"schema_version": 0}, "schema_version should be"),
-        ({"architecture": "swin"}, "architecture"),
+        ({"architecture": "beit"}, "architecture"),
         ({"dtype": "bfloat16"}, "dtype should be"),
         ({"epsilon": 1.5}, "epsilon"),
         ({"epsilon": "0.8"}, "epsilon"),

@@ -213,12 +213,12 @@ def test_in_the_mean_every_layer_gives_what_the_dense_one_gives(source, tmp_path
     read = lambda name: torch.from_numpy(source.read(name))  # noqa: E731
     dense = build_network(GEOMETRY, dict.fromkeys(GEOMETRY.linear_shapes()), read, SIZE, head=False)
     ours = build_network(GEOMETRY, config.linears, named.__getitem__, SIZE, head=False)
-    streams = [model.stem.forward(pixels(source.preprocessing), Pass())[0].half().float() for model in (dense, ours)]
+    streams = [model.stem.forward(pixels(source.preprocessing), Pass(), learns=False)[0].half().float() for model in (dense, ours)]
     for blocks in zip(dense.blocks, ours.blocks, strict=True):
         outputs = []
         for number, (block, tokens) in enumerate(zip(blocks, list(streams), strict=True)):
             normed, _ = block.norm1.forward(tokens.view(-1, GEOMETRY.width), Pass(), None)
-            outputs.append(block.qkv.forward(normed, dense.tokens, Pass(), None)[0])
+            outputs.append(block.qkv.forward(normed, dense.tokens_of("blocks.0.qkv"), Pass(), None)[0])
             streams[number] = block.forward(tokens, Pass(), None)[0].half().float()
         for wanted, made in (outputs, streams):
             spread = float(wanted.std())
@@ -230,7 +230,7 @@ def test_in_the_mean_every_layer_gives_what_the_dense_one_gives(source, tmp_path
 def test_the_parts_of_a_block_make_the_block(source):
     read = lambda name: torch.from_numpy(source.read(name))  # noqa: E731
     dense = build_network(GEOMETRY, dict.fromkeys(GEOMETRY.linear_shapes()), read, SIZE, head=False)
-    tokens = dense.stem.forward(pixels(source.preprocessing), Pass())[0].half()
+    tokens = dense.stem.forward(pixels(source.preprocessing), Pass(), learns=False)[0].half()
     stages = _Stages(dense.blocks[0], tokens, Pass())
     expected = dense.blocks[0].forward(tokens.float(), Pass(), None)[0]
     assert relative_error(stages.output(stages.middle()), expected) < 1e-6

@@ -15,7 +15,7 @@ import torch
 from models import TINY, random_tensors, random_vit
 from reference import one_thread  # noqa: F401
 from test_finetune import command, kill_when, render, report_of, run, tensors
-from test_vit import engine_gradients, relative_error
+from gradients import engine_gradients, relative_error
 from tiny_artefact import write_tiny
 
 from wasi_edge.errors import Interrupted, WasiEdgeError
@@ -41,7 +41,7 @@ def test_a_network_in_two_parts_computes_what_the_whole_does():
     pixels = torch.randn(3, 3, 16, 16, dtype=torch.float64)
     expected = whole.logits(pixels, Pass())
     tokens = first.last_tokens(pixels, Pass())
-    assert tokens.shape == (3, whole.tokens, TINY.width) and last.tokens == whole.tokens
+    assert tokens.shape == (3, TINY.tokens(16), TINY.width)
     assert relative_error(last.logits(tokens, Pass()), expected) < 1e-14
     assert {**first.parameters(), **last.parameters()}.keys() == whole.parameters().keys()
     assert "position" not in last.parameters() and "head.weight" not in first.parameters()
@@ -53,8 +53,8 @@ def test_gradients_of_the_blocks_that_learn_are_those_of_full_training():
     dfeatures = torch.randn(3, TINY.feature_width, dtype=torch.float64)
     _, expected = engine_gradients(whole, pixels, dfeatures, EXACT)
     for model, inputs in ((random_vit(), pixels), (last, first.last_tokens(pixels, Pass()).clone())):
-        for linear in model.linears(1).values():
-            linear.start_training(10_000, model.tokens, torch.Generator().manual_seed(1))
+        for name, linear in model.linears(1).items():
+            linear.start_training(10_000, model.tokens_of(name), torch.Generator().manual_seed(1))
         _, saved = model.features(inputs, run := Pass(refresh_basis=True), [EXACT])
         found: dict[str, torch.Tensor] = {}
         model.backward(

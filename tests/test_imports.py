@@ -24,7 +24,7 @@ ONLY_FROM = {
         "chunks",
         "keep",
         "method",
-        "models.geometry",
+        "models.geometry", "models.geometry_swin",
         "artefact",
         "memory",
         "errors",
@@ -35,7 +35,8 @@ ONLY_FROM = {
 # No torch at any level. In `inference` everything but the torch backend, which others import late.
 TORCH_FREE = (
     "planner", "data", "memory", "artefact", "tensorfile", "preprocess", "errors", "units", "chunks", "keep", "method",
-    "metrics", "report", "inference", "subspace.ranks", "models.geometry", "models.keys",
+    "metrics", "report", "inference", "subspace.ranks", "models.geometry",
+    "models.geometry_swin", "models.keys", "models.keys_", "models.hub",
     "bench.synthetic",
 )  # fmt: skip
 TORCH_ALLOWED = ("inference.torch_backend",)

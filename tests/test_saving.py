@@ -66,7 +66,7 @@ def training_block(geometry: ViTGeometry, rank: int, gradient_rank: int, tokens:
     """Block 0 with random float32 factors, ready to be trained."""
     one = dataclasses.replace(geometry, depth=1)
     ranks, tensors = random_tensors(one, rank, None, dtype=torch.float32)
-    block = build_block(one, 0, ranks, tensors.__getitem__)
+    block = build_block(one, 0, ranks, tensors.__getitem__, one.patch_size * one.position_grid)
     for linear in block.linears.values():
         assert isinstance(linear, WasiLinear)
         linear.start_training(gradient_rank, tokens, torch.Generator().manual_seed(0))
@@ -154,15 +154,15 @@ def test_blocks_that_are_recomputed_share_what_they_rebuild():
     for depth in (1, 2, 4):
         geometry = dataclasses.replace(TINY, depth=depth)
         model = random_vit(geometry, dtype=torch.float32)
-        for linear in model.linears().values():
+        for name, linear in model.linears().items():
             assert isinstance(linear, WasiLinear)
-            linear.start_training(4, model.tokens, torch.Generator().manual_seed(0))
+            linear.start_training(4, model.tokens_of(name), torch.Generator().manual_seed(0))
         run = Pass(refresh_basis=True)
         features, saved = model.features(torch.randn(2, 3, 16, 16), run, [RECOMPUTE] * depth)
         assert saved is not None
         model.backward(saved, torch.randn_like(features), run, lambda layer, parts: None)
         held.append(run.workspace.held_bytes())
-    inputs = 2 * model.tokens * (TINY.width * 2 + 8)  # x_hat in 16 bits, rstd and mean
+    inputs = 2 * TINY.tokens(16) * (TINY.width * 2 + 8)  # x_hat in 16 bits, rstd and mean
     assert [held[1] - held[0], held[2] - held[1]] == [inputs, 2 * inputs]
 
 
