@@ -213,7 +213,10 @@ def test_in_the_mean_every_layer_gives_what_the_dense_one_gives(source, tmp_path
     read = lambda name: torch.from_numpy(source.read(name))  # noqa: E731
     dense = build_network(GEOMETRY, dict.fromkeys(GEOMETRY.linear_shapes()), read, SIZE, head=False)
     ours = build_network(GEOMETRY, config.linears, named.__getitem__, SIZE, head=False)
-    streams = [model.stem.forward(pixels(source.preprocessing), Pass(), learns=False)[0].half().float() for model in (dense, ours)]
+    streams = [
+        model.stem.forward(pixels(source.preprocessing), Pass(), learns=False)[0].half().float()
+        for model in (dense, ours)
+    ]
     for blocks in zip(dense.blocks, ours.blocks, strict=True):
         outputs = []
         for number, (block, tokens) in enumerate(zip(blocks, list(streams), strict=True)):

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradients import engine_gradients, relative_error
 from models import TINY, random_tensors, random_vit
 from reference import one_thread  # noqa: F401
 from test_finetune import command, kill_when, render, report_of, run, tensors
-from gradients import engine_gradients, relative_error
 from tiny_artefact import write_tiny
 
 from wasi_edge.errors import Interrupted, WasiEdgeError

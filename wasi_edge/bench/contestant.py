@@ -78,6 +78,7 @@ class Contestant:
     def __init__(self, subject: Subject, entry: Entry, choices: Choices, batch: int, seed: int) -> None:
         self.entry, self.choices, self.batch = entry, choices, batch
         self._trainer = _build(subject, entry, choices, seed)
+        self._has_windows = subject.geometry.architecture == "swin"
         generator = torch.Generator().manual_seed(seed)
         size = subject.image_size
         self._pixels = torch.randn(batch, 3, size, size, generator=generator)
@@ -119,6 +120,16 @@ class Contestant:
             rare = (time.perf_counter() - over) * TURNS / ORTHONORMALISE_EVERY
             shares.append((self._trainer.upkeep_seconds - before + rare) / (over - began + rare))
         return statistics.median(shares)
+
+    def window_copies_fraction(self, rounds: int) -> float | None:
+        """Share of a step that brings tokens from the windows of one block to those of the next. None where there are
+        no windows, and for methods that leave them to autograd."""
+        if not isinstance(self._trainer, SubspaceTrainer) or not self._has_windows:
+            return None
+        before, began = self._trainer.gather_seconds, time.perf_counter()
+        for _ in range(rounds):
+            self.step()
+        return (self._trainer.gather_seconds - before) / (time.perf_counter() - began)
 
     def infer(self) -> None:
         """Logits of all photos."""

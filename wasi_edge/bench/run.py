@@ -159,6 +159,7 @@ def _measure_batch(
     infer = interleave({key: c.infer for key, c in contestants.items()}, 2 * request.rounds, on_round=events.advance)
     upkeep_rounds = 1 if request.quick else _UPKEEP_ROUNDS
     upkeep = {key: c.upkeep_fraction(upkeep_rounds) for key, c in contestants.items()}
+    copies = {key: c.window_copies_fraction(upkeep_rounds) for key, c in contestants.items()}
     watts = {key: _watts(c) for key, c in contestants.items()}
     counts = {key: c.counts() for key, c in contestants.items()}
     contestants.clear()
@@ -181,6 +182,7 @@ def _measure_batch(
         is_planned, power = entry.budget_bytes is not None, watts[key]
         row |= {
             "upkeep_fraction": upkeep[key],
+            "window_copies_fraction": copies[key],
             "gradient_error": error,
             "gradient_error_by_kind": by_kind,
             "peak_rss_bytes": measure_peak(question),

@@ -9,6 +9,7 @@ here one gather between two blocks.
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 import torch
@@ -43,13 +44,12 @@ class Reorder:
     ) -> tuple[Tensor, SavedEntry]:
         """(B, N, D) -> (B, N, D), in the buffer that blocks with another order read."""
         y = run.workspace.take("block.in", tuple(x.shape), x.dtype)
-        torch.index_select(x, 1, self._order, out=y)
-        return y, SavedEntry((x.shape[0], x.shape[1], x.shape[2]), None)
+        return _gather(x, self._order, y, run), SavedEntry((x.shape[0], x.shape[1], x.shape[2]), None)
 
     def backward(self, saved: SavedEntry, dy: Tensor, run: Pass) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
         """Gradient of x (B, N, D), in a buffer."""
         dx = run.workspace.take(self._gradient_name, saved.shape, dy.dtype)
-        return torch.index_select(dy, 1, self._inverse, out=dx), {}
+        return _gather(dy, self._inverse, dx, run), {}
 
 
 class Merge:
@@ -84,7 +84,7 @@ class Merge:
         dnormed, linear = self.linear.backward_from_input(normed, dy.view(-1, 2 * width), run, out=dnormed)
         dgathered, norm = self.norm.backward(saved.norm, dnormed, run)
         dx = run.workspace.take(self._gradient_name, saved.shape, dy.dtype)
-        torch.index_select(dgathered.view(batch, tokens, width), 1, self._inverse, out=dx)
+        dx = _gather(dgathered.view(batch, tokens, width), self._inverse, dx, run)
         return dx, {"merge_norm": norm, "merge": linear}
 
     def gathered_norm(self, x: Tensor, run: Pass) -> Tensor:
@@ -94,8 +94,15 @@ class Merge:
     def _gathered(self, x: Tensor, run: Pass) -> Tensor:
         batch, tokens, width = x.shape
         gathered = run.workspace.take("block.branch", (batch, tokens, width), x.dtype)
-        torch.index_select(x, 1, self._order, out=gathered)
-        return gathered.view(batch * tokens // 4, 4 * width)
+        return _gather(x, self._order, gathered, run).view(batch * tokens // 4, 4 * width)
 
 
 Entry = Reorder | Merge
+
+
+def _gather(x: Tensor, order: Tensor, out: Tensor, run: Pass) -> Tensor:
+    """Tokens `order` of x (B, N, D), into `out`; how long it takes is counted."""
+    began = time.perf_counter()
+    torch.index_select(x, 1, order, out=out)
+    run.gather_seconds += time.perf_counter() - began
+    return out

@@ -7,6 +7,7 @@ explicit layers are tested against. Parameter names are those of the artefact wi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +65,12 @@ class VanillaViT(nn.Module):
         geometry: ViTGeometry,
         image_size: int,
         num_classes: int,
-        new_block: Callable[[], VanillaBlock] | None = None,
+        new_block: Callable[[int], VanillaBlock] | None = None,
         checkpointed: bool = False,
     ) -> None:
         super().__init__()
         self.checkpointed = checkpointed
-        new_block = new_block or (lambda: VanillaBlock(geometry))
+        new_block = new_block or (lambda index: VanillaBlock(geometry))
         self.geometry, self.image_size = geometry, image_size
         patch_inputs = geometry.channels * geometry.patch_size**2
         self.patch_embed = nn.Linear(patch_inputs, geometry.width)
@@ -77,7 +78,7 @@ class VanillaViT(nn.Module):
         self.registers = nn.Parameter(torch.zeros(geometry.registers, geometry.width)) if geometry.registers else None
         positions = geometry.tokens(image_size) - geometry.registers
         self.position = nn.Parameter(torch.zeros(positions, geometry.width))
-        self.blocks = nn.ModuleList(new_block() for _ in range(geometry.depth))
+        self.blocks = nn.ModuleList(new_block(index) for index in range(geometry.depth))
         self.norm = nn.LayerNorm(geometry.width, eps=geometry.norm_eps)
         self.head = nn.Linear(geometry.feature_width, num_classes)
 
@@ -123,15 +124,15 @@ def build_vanilla(
     read: Callable[[str], Tensor],
     image_size: int,
     num_classes: int,
-    new_block: Callable[[], VanillaBlock] | None = None,
+    new_block: Callable[[int], Any] | None = None,
     checkpointed: bool = False,
 ) -> VanillaViT | VanillaSwin:
     """A network with dense weights; `read(name)` gives a tensor by its artefact name, those that only blocks of
-    another kind have (`new_block`, for ViT) included. The head is left at zero."""
+    another kind have (`new_block`, of the block's number) included. The head is left at zero."""
     model: VanillaViT | VanillaSwin
     with torch.device("meta"):
         if isinstance(geometry, SwinGeometry):
-            model = VanillaSwin(geometry, image_size, num_classes, checkpointed)
+            model = VanillaSwin(geometry, image_size, num_classes, new_block, checkpointed)
         else:
             model = VanillaViT(geometry, image_size, num_classes, new_block, checkpointed)
     model.to_empty(device="cpu")

@@ -7,6 +7,8 @@ with dense linears.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -67,7 +69,7 @@ class VanillaSwinBlock(nn.Module):
         if shift:
             x = torch.roll(x, (-shift, -shift), (1, 2))
         x = x.view(batch, count, window, count, window, width).transpose(2, 3).reshape(-1, window * window, width)
-        q, k, v = self.qkv(x).view(len(x), window * window, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = self.heads_of(x)
         bias = self.attention(self._index)[None]
         if self._mask is not None:
             mask = self._mask.to(bias.dtype).repeat(batch, 1, 1)[:, None]
@@ -77,6 +79,12 @@ class VanillaSwinBlock(nn.Module):
         if shift:
             x = torch.roll(x, (shift, shift), (1, 2))
         return x.reshape(batch, tokens, width)
+
+    def heads_of(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(windows, n, D) -> queries, keys and values (windows, H, n, d)."""
+        windows, count, width = normed.shape
+        q, k, v = self.qkv(normed).view(windows, count, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        return q, k, v
 
     def proj_input(self, mixed: Tensor, batch: int, width: int) -> Tensor:
         """(windows, H, n, d) -> (B, grid, grid, D)."""
@@ -88,13 +96,21 @@ class VanillaSwinBlock(nn.Module):
 class VanillaSwin(nn.Module):
     """(B, C, S, S) -> logits (B, classes), or features (B, F) through `features`; `checkpointed` as in `VanillaViT`."""
 
-    def __init__(self, geometry: SwinGeometry, image_size: int, num_classes: int, checkpointed: bool = False) -> None:
+    def __init__(
+        self,
+        geometry: SwinGeometry,
+        image_size: int,
+        num_classes: int,
+        new_block: Callable[[int], VanillaSwinBlock] | None = None,
+        checkpointed: bool = False,
+    ) -> None:
         super().__init__()
+        new_block = new_block or (lambda index: VanillaSwinBlock(geometry, index, image_size))
         self.checkpointed = checkpointed
         self.geometry, self.image_size = geometry, image_size
         self.patch_embed = nn.Linear(geometry.channels * geometry.patch_size**2, geometry.width)
         self.patch_norm = nn.LayerNorm(geometry.width, eps=geometry.norm_eps)
-        self.blocks = nn.ModuleList(VanillaSwinBlock(geometry, i, image_size) for i in range(geometry.depth))
+        self.blocks = nn.ModuleList(new_block(index) for index in range(geometry.depth))
         self.norm = nn.LayerNorm(geometry.feature_width, eps=geometry.norm_eps)
         self.head = nn.Linear(geometry.feature_width, num_classes)
 

@@ -243,18 +243,25 @@ def vanilla_items(load: Workload, choices: Choices) -> list[Item]:
 def lora_items(load: Workload, choices: Choices) -> list[Item]:
     """Memory of a run of `lora` beyond the base: dense weights, and autograd's tape, in which the inputs of weights
     that stay are missing and all else is as large as ever."""
-    geometry, shape = load.geometry, load.blocks[0]
-    d, m, heads, rank = shape.width, shape.mlp_width, shape.heads, load.lora_rank
+    rank = load.lora_rank
     linears, others = weight_counts(load)
-    learning = geometry.depth * 4 * d * rank + load.num_classes * (geometry.feature_width + 1)
-    # two norms with their inputs, norm1's output, qkv with queries and values made anew, attention, GELU's input
-    per_block = 2 * (d + 2) + d + 5 * d + d + heads + m + 2 * rank + d
-    tokens = choices.micro_batch * load.tokens
-    kept = tokens * per_block * geometry.depth * FLOAT
-    at_work = tokens * (2 * m + 6 * d) * FLOAT
+    learning = load.num_classes * (load.geometry.feature_width + 1)
+    kept = at_work = 0
+    for shape in load.blocks:
+        d, m, heads = shape.width, shape.mlp_width, shape.heads
+        learning += 4 * d * rank
+        # two norms with their inputs, norm1's output, qkv with queries and values made anew, attention, GELU's input
+        per_token = 2 * (d + 2) + d + 5 * d + d + heads + m + 2 * rank + d
+        if load.has_entries:
+            per_token += 4 * d + 3 * heads * shape.attended
+        kept += choices.micro_batch * shape.tokens * per_token * FLOAT
+        at_work = max(at_work, choices.micro_batch * shape.tokens * (2 * m + 6 * d) * FLOAT)
     items = [
         Item("weights (dense)", (linears + others) * FLOAT),
-        Item("updates, their gradients and moments, one weight with its update", (4 * learning + 3 * d * d) * FLOAT),
+        Item(
+            "updates, their gradients and moments, one weight with its update",
+            (4 * learning + 3 * load.blocks[-1].width ** 2) * FLOAT,
+        ),
         Item("kept for the backward pass", kept),
         Item("tensors of the layer at work", at_work),
         Item("gaps in the heap", int(HEAP_GAP_SHARE * (kept + at_work)) if choices.reused_heap else 0),

@@ -126,6 +126,7 @@ _SPEED: Sequence[tuple[str, Cell]] = (
 _TAKES: Sequence[tuple[str, Cell]] = (
     ("memory, of vanilla's", _memory_share),
     ("upkeep, of the step", _of("upkeep_fraction", words.percent)),
+    ("window copies, of the step", _of("window_copies_fraction", words.percent)),
     ("gradient rank", _of("rank", lambda value: figure(value, 0))),
     ("parameters trained", _of("trainable_parameters", count_text)),
     ("parameters stored", _of("stored_parameters", count_text)),

@@ -282,14 +282,13 @@ def _train_autograd_block(
     """The same for a dense block under autograd and torch's AdamW, all of it or its low-rank updates alone."""
     import torch
 
-    from wasi_edge.models.lora import LoraBlock, for_vit, is_update
+    from wasi_edge.models.lora import is_update, lora_block
     from wasi_edge.models.vanilla import new_block
 
     index, shape = _middle_block(geometry, image_size)
-    if lora_rank is None:
-        block: torch.nn.Module = new_block(geometry, index, image_size)
-    else:
-        block = LoraBlock(for_vit(geometry), lora_rank)
+    block: torch.nn.Module = new_block(geometry, index, image_size)
+    if lora_rank is not None:
+        block = lora_block(geometry, index, image_size, lora_rank)
     with torch.no_grad():
         for name, parameter in block.named_parameters():
             if is_update(name):

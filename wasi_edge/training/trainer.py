@@ -246,6 +246,11 @@ class SubspaceTrainer(FrozenTrainer):
         """What refreshing the bases and the updates of the linears have taken so far."""
         return self._run.refresh_seconds + self._factors.seconds
 
+    @property
+    def gather_seconds(self) -> float:
+        """What bringing tokens to the order of other windows has taken so far."""
+        return self._run.gather_seconds
+
     def orthonormalise(self) -> None:
         """Make all pairs of factors orthonormal again."""
         self._factors.orthonormalise()

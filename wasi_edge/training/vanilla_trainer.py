@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from wasi_edge.models.lora import LoraBlock, is_update
+from wasi_edge.models.lora import LowRankUpdates, is_update
 from wasi_edge.models.vanilla import VanillaViT
 from wasi_edge.models.vanilla_swin import VanillaSwin
 from wasi_edge.training.head import Head
@@ -99,9 +99,7 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
 class LoraTrainer(VanillaTrainer):
     """The same, for a network whose weights stay: low-rank updates of queries and values learn, and the classifier."""
 
-    model: VanillaViT
-
-    def __init__(self, model: VanillaViT, recipe: Recipe, active: Tensor | None = None) -> None:
+    def __init__(self, model: VanillaViT | VanillaSwin, recipe: Recipe, active: Tensor | None = None) -> None:
         super().__init__(model, recipe, active)
         self._is_over = False
 
@@ -115,18 +113,18 @@ class LoraTrainer(VanillaTrainer):
         self._is_over = True
         with torch.no_grad():
             for block in self.model.blocks:
-                assert isinstance(block, LoraBlock)
-                block.merge()
+                assert isinstance(block, LowRankUpdates)
+                block.merge_updates()
 
 
 class _Merged(Mapping[str, Tensor]):
-    def __init__(self, model: VanillaViT) -> None:
+    def __init__(self, model: VanillaViT | VanillaSwin) -> None:
         self._plain = {name: p.detach() for name, p in model.named_parameters() if not is_update(name)}
         self._updated = {f"blocks.{index}.qkv.weight": block for index, block in enumerate(model.blocks)}
 
     def __getitem__(self, name: str) -> Tensor:
         block = self._updated.get(name)
-        return block.merged_weight() if isinstance(block, LoraBlock) else self._plain[name]
+        return block.merged_weight() if isinstance(block, LowRankUpdates) else self._plain[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._plain)
