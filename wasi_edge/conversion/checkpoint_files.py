@@ -159,8 +159,8 @@ def _load(path: Path) -> tuple[Any, bool]:
             return torch.load(path, map_location="cpu", weights_only=True), False  # the format before torch 1.6
     except pickle.UnpicklingError as error:
         raise ConversionError(
-            f"{path} asks to run code or holds more than tensors, and is refused; save its state dict alone, "
-            "best as .safetensors"
+            f"{path} asks to run code, holds more than tensors or is damaged, and is refused; "
+            "save its state dict alone, best as .safetensors"
         ) from error
     except OSError as error:
         raise ArtefactError(f"{path}: cannot be read ({error.strerror or 'damaged'})") from error
