@@ -18,7 +18,7 @@ import numpy as np
 from wasi_edge.artefact import ModelConfig, write_artefact
 from wasi_edge.bench.synthetic import synthetic_ranks
 from wasi_edge.models.geometry import ViTGeometry
-from wasi_edge.preprocess import Preprocessing
+from wasi_edge.preprocessing import Preprocessing
 
 # patch, width, depth, heads
 SIZES = {

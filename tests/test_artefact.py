@@ -21,7 +21,7 @@ from wasi_edge.artefact import (
 )
 from wasi_edge.errors import ArtefactError
 from wasi_edge.models.geometry import ViTGeometry
-from wasi_edge.preprocess import Preprocessing
+from wasi_edge.preprocessing import Preprocessing
 
 GEOMETRY = ViTGeometry(4, 12, 2, 3, 20, 5, layer_scale=True)
 RANKS: dict[str, int | None] = dict.fromkeys(GEOMETRY.linear_shapes(), 4) | {"blocks.1.fc2": None}

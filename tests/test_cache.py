@@ -20,7 +20,8 @@ from wasi_edge.data.cache import PhotoCache, build_cache, open_cache
 from wasi_edge.data.folder import Photo, scan_folder
 from wasi_edge.data.split import difference_hash
 from wasi_edge.errors import WasiEdgeError
-from wasi_edge.preprocess import Preprocessing, center_view, open_photo, shrink
+from wasi_edge.preprocess import center_view, open_photo, shrink
+from wasi_edge.preprocessing import Preprocessing
 
 MB = 2**20
 SMALL = Preprocessing(image_size=56)

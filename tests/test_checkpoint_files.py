@@ -17,7 +17,7 @@ import torch
 from wasi_edge.conversion.sources import open_source
 from wasi_edge.errors import ArtefactError, ConversionError
 from wasi_edge.models import hub
-from wasi_edge.preprocess import Preprocessing
+from wasi_edge.preprocessing import Preprocessing
 
 D, M, P, G, DEPTH = 64, 96, 4, 3, 2
 
@@ -180,7 +180,7 @@ def test_a_folder_of_timm_says_how_photos_are_prepared_and_what_classes_are_call
     }
     more = {"pretrained_cfg": trained, "model_args": {"num_heads": 4}, "label_names": ["a", "b", "c", "d", "e"]}
     with open_source(timm_folder(tmp_path / "tiny", more)) as source:
-        assert source.preprocessing == Preprocessing(12, 0.8, "bilinear", (0.5,) * 3, (0.4,) * 3)
+        assert source.preprocessing == Preprocessing(12, 0.8, "bilinear", (0.5,) * 3, (0.4,) * 3, even_offset=True)
         assert source.geometry.heads == 4 and source.id2label == dict(enumerate("abcde"))
         assert source.provenance["architecture"] == "vit_tiny_patch4_12"
 

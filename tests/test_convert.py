@@ -25,7 +25,8 @@ from wasi_edge.models.geometry import ViTGeometry
 from wasi_edge.models.network import build_network
 from wasi_edge.models.vanilla import build_vanilla
 from wasi_edge.models.vit import resample_position
-from wasi_edge.preprocess import Preprocessing, center_view, normalise, open_photo, shrink
+from wasi_edge.preprocess import center_view, normalise, open_photo, shrink
+from wasi_edge.preprocessing import Preprocessing
 
 GEOMETRY = ViTGeometry(patch_size=4, width=24, depth=3, heads=3, mlp_width=48, position_grid=4, layer_scale=True)
 SIZE = 16

@@ -16,7 +16,7 @@ from wasi_edge.conversion.budget import MOST_PHOTOS, calibration_photos, convers
 from wasi_edge.conversion.calibration import CalibrationPhotos
 from wasi_edge.errors import BudgetInfeasible, NoUsableData
 from wasi_edge.models.geometry import ViTGeometry
-from wasi_edge.preprocess import Preprocessing
+from wasi_edge.preprocessing import Preprocessing
 
 VIT_S = ViTGeometry(patch_size=14, width=384, depth=12, heads=6, mlp_width=1536, position_grid=37, layer_scale=True)
 LARGE = 2**30

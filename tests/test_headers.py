@@ -16,7 +16,8 @@ from wasi_edge.errors import UnreadablePhoto
 # Resets the peak after the decoder's own code is loaded, so that only the photo is measured.
 MEASURE = """
 import re, sys
-from wasi_edge.preprocess import Preprocessing, open_photo, opened, shrink
+from wasi_edge.preprocess import open_photo, opened, shrink
+from wasi_edge.preprocessing import Preprocessing
 def status(key):
     return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 preprocessing = Preprocessing(image_size=256, crop_fraction=1.0)

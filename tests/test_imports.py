@@ -18,7 +18,7 @@ PACKAGE = ROOT / "wasi_edge"
 
 # Narrower than "anything below": these keep to what is listed (or lies under it) and to themselves.
 ONLY_FROM = {
-    "wasi_edge.data": ("errors", "units", "preprocess"),
+    "wasi_edge.data": ("errors", "units", "preprocess", "preprocessing"),
     "wasi_edge.memory": ("errors", "units"),
     "wasi_edge.planner": (
         "chunks",
@@ -36,7 +36,7 @@ ONLY_FROM = {
 # No torch at any level. In `inference` everything but the torch backend, which others import late.
 TORCH_FREE = (
     "planner", "data", "memory", "artefact", "tensorfile", "preprocess", "errors", "units", "chunks", "keep", "method",
-    "metrics", "report", "inference", "subspace.ranks", "models.geometry",
+    "metrics", "preprocessing", "report", "inference", "subspace.ranks", "models.geometry",
     "models.geometry_swin", "models.keys", "models.keys_", "models.hub",
     "bench.synthetic",
 )  # fmt: skip

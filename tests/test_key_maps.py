@@ -18,7 +18,7 @@ from wasi_edge.artefact import ModelConfig, write_artefact
 from wasi_edge.conversion.sources import open_source
 from wasi_edge.errors import ConversionError
 from wasi_edge.models import keys_dinov2, keys_vit
-from wasi_edge.preprocess import Preprocessing
+from wasi_edge.preprocessing import Preprocessing
 
 D, M, P, G, DEPTH, CLASSES = 12, 24, 4, 3, 2, 5
 REAL = Path(__file__).resolve().parents[2] / "shared" / "models" / "vit-s14"

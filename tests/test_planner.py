@@ -85,9 +85,9 @@ def small_trainer(choices: Choices, method: Method = Method.WASI) -> SubspaceTra
     )
 
 
-def train(trainer: SubspaceTrainer, micro_batch: int, steps: int) -> None:
+def train(trainer: SubspaceTrainer, micro_batch: int, steps: int, image_size: int = 28) -> None:
     """Steps of two micro-batches."""
-    photos, labels = torch.randn(micro_batch, 3, 28, 28), torch.zeros(micro_batch, dtype=torch.long)
+    photos, labels = torch.randn(micro_batch, 3, image_size, image_size), torch.zeros(micro_batch, dtype=torch.long)
     with torch.no_grad():
         for step in range(1, steps + 1):
             for first in (True, False):

@@ -21,7 +21,8 @@ from wasi_edge.inference.predict import classified, decoded_views, iter_photos, 
 from wasi_edge.inference.sorting import copy_into, folder_name
 from wasi_edge.inference.torch_backend import TorchClassifier
 from wasi_edge.models.vanilla import build_vanilla
-from wasi_edge.preprocess import Preprocessing, normalise
+from wasi_edge.preprocess import normalise
+from wasi_edge.preprocessing import Preprocessing
 
 
 class Brightness:

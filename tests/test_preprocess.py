@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from wasi_edge.errors import ArtefactError, UnreadablePhoto
-from wasi_edge.preprocess import Preprocessing, center_view, normalise, open_photo, shrink
+from wasi_edge.preprocess import center_view, normalise, open_photo, shrink
+from wasi_edge.preprocessing import Preprocessing
 
 TORCH_FREE = [
     "wasi_edge.preprocess",

@@ -5,18 +5,24 @@ Every parameter is random, norms, biases and LayerScale too: none may be ignored
 
 from __future__ import annotations
 
+import importlib
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from real_libraries import perturbed, timm, torchvision_models, transformers
 
 from wasi_edge.conversion.sources import DenseSource, open_source
 from wasi_edge.layers.saving import Pass
 from wasi_edge.models.network import build_network
 from wasi_edge.models.vanilla import build_vanilla
+from wasi_edge.preprocess import center_view, normalise, shrink
+from wasi_edge.preprocessing import Preprocessing
 
 CLASSES = 7
 TIMM = [
@@ -126,3 +132,74 @@ def test_torchvisions_logits(tmp_path, name):
     model = perturbed(getattr(torchvision_models(), name)(num_classes=CLASSES))
     safetensors.torch.save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
     check(tmp_path / f"{name}.safetensors", model, lambda model, pixels: model(pixels), 224)
+
+
+# ---------------------------------------------------------------------- pixels
+
+
+def photos() -> list[Image.Image]:
+    """Structure and noise, upright, lying, square, with odd sides; none so large that reading reduces it."""
+    rng = np.random.default_rng(0)
+    found = []
+    for height, width in ((300, 400), (500, 333), (224, 224), (517, 389)):
+        coarse = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
+        fine = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+        noisy = fine + rng.integers(-20, 20, fine.shape)
+        found.append(Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)))
+    return found
+
+
+def check_pixels(preprocessing: Preprocessing, theirs: Any) -> None:
+    """The same pixels to 1/255, where 0 is black and 1 is white."""
+    std = np.array(preprocessing.std)[:, None, None]
+    for photo in photos():
+        view = center_view(shrink(photo, preprocessing), preprocessing)
+        ours = normalise(view[None], preprocessing)[0]
+        expected = np.asarray(theirs(photo))
+        assert ours.shape == expected.shape
+        assert np.abs((ours - expected) * std).max() <= 1.01 / 255
+
+
+@pytest.mark.parametrize("name", ["ViT", "DeiT", "Bit"])  # Swin's is ViT's, DINOv2's is Bit's
+@pytest.mark.parametrize("has_file_of", ["5", "4"])
+def test_hugging_faces_pixels(name, has_file_of):
+    library = transformers()
+    # the one that works with Pillow has had the plain name up to transformers 4
+    kind = getattr(library, f"{name}ImageProcessorPil", None) or getattr(library, f"{name}ImageProcessor")
+    processor = kind()
+    settings = processor.to_dict()
+    if has_file_of == "4" and "height" in settings["size"]:
+        settings["size"] = settings["size"]["height"]  # one number for both sides
+    check_pixels(
+        Preprocessing.from_hugging_face(settings),
+        lambda photo: processor(photo, return_tensors="np")["pixel_values"][0],
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_patch16_224", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "vit_small_patch14_dinov2"],
+)
+@pytest.mark.parametrize("is_told", [True, False])
+def test_timms_pixels(tmp_path, name, is_told):
+    model = timm().create_model(name, num_classes=CLASSES)
+    data = importlib.import_module("timm.data")
+    config = data.resolve_data_config(model.pretrained_cfg)
+    path = tmp_path / f"{name}.safetensors"
+    if is_told:
+        path = tmp_path / name
+        path.mkdir()
+        known = {key: model.pretrained_cfg[key] for key in ("input_size", "crop_pct", "interpolation", "mean", "std")}
+        (path / "config.json").write_text(json.dumps({"architecture": name, "pretrained_cfg": known}))
+    safetensors.torch.save_file(model.state_dict(), path / "model.safetensors" if is_told else path)
+    with open_source(path) as source:
+        check_pixels(source.preprocessing, data.create_transform(**config, is_training=False))
+
+
+@pytest.mark.parametrize("name", ["vit_b_32", "swin_t"])
+def test_torchvisions_pixels(tmp_path, name):
+    models = torchvision_models()
+    weights = {"vit_b_32": "ViT_B_32_Weights", "swin_t": "Swin_T_Weights"}[name]
+    safetensors.torch.save_file(getattr(models, name)(num_classes=CLASSES).state_dict(), tmp_path / "m.safetensors")
+    with open_source(tmp_path / "m.safetensors") as source:
+        check_pixels(source.preprocessing, getattr(models, weights).IMAGENET1K_V1.transforms())

@@ -15,7 +15,8 @@ from PIL import Image, ImageEnhance
 from wasi_edge.data.folder import scan_folder
 from wasi_edge.data.split import MAX_DISTANCE, difference_hash, near_duplicate_groups, split
 from wasi_edge.errors import UsageError
-from wasi_edge.preprocess import Preprocessing, open_photo, shrink
+from wasi_edge.preprocess import open_photo, shrink
+from wasi_edge.preprocessing import Preprocessing
 
 
 def distance(first: int, second: int) -> int:

@@ -17,7 +17,7 @@ from wasi_edge.layers.saving import Pass
 from wasi_edge.models.geometry_swin import SwinGeometry, geometry_from_dict
 from wasi_edge.models.network import build_network
 from wasi_edge.models.swin import APART, relative_index, resample_bias, shift_mask, window_order
-from wasi_edge.preprocess import Preprocessing
+from wasi_edge.preprocessing import Preprocessing
 
 TINY = SwinGeometry(patch_size=2, width=12, depths=(2, 3), stage_heads=(2, 3), window=4, mlp_ratio=2)
 SIZE = 32  # grids of 16 and 8 tokens

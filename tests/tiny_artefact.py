@@ -8,7 +8,7 @@ import numpy as np
 from models import TINY, random_tensors
 
 from wasi_edge.artefact import ModelConfig, write_artefact
-from wasi_edge.preprocess import Preprocessing
+from wasi_edge.preprocessing import Preprocessing
 
 LABELS = ("cat", "dog", "grün")
 

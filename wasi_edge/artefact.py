@@ -19,14 +19,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wasi_edge.errors import ArtefactError
 from wasi_edge.models.geometry_swin import Geometry, geometry_from_dict
+from wasi_edge.preprocessing import Preprocessing
 from wasi_edge.tensorfile import TensorFile, TensorWriter, sweep_orphans, write_json_atomic
-
-if TYPE_CHECKING:
-    from wasi_edge.preprocess import Preprocessing
 
 SCHEMA_VERSION = 1
 TENSORS_NAME = "model.safetensors"
@@ -125,8 +123,6 @@ class ModelConfig:
 
         Raises ArtefactError for another schema, missing keys or values that contradict each other.
         """
-        from wasi_edge.preprocess import Preprocessing  # pulls in PIL, which planning can do without
-
         _check_schema(values)
         if missing := [key for key in _REQUIRED if key not in values]:
             raise ArtefactError(f"config: {', '.join(missing)} missing")

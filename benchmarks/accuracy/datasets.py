@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wasi_edge.preprocess import Preprocessing, center_view, normalise, open_photo, shrink
+from wasi_edge.preprocess import center_view, normalise, open_photo, shrink
+from wasi_edge.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 SPLITS = Path(__file__).parent / "splits"

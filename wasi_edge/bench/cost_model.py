@@ -23,7 +23,7 @@ from wasi_edge.bench.synthetic import RANK_SHARES, synthetic_ranks
 from wasi_edge.bench.timing import interleave
 from wasi_edge.method import Method
 from wasi_edge.models.geometry import ViTGeometry
-from wasi_edge.preprocess import Preprocessing
+from wasi_edge.preprocessing import Preprocessing
 
 PATCH, HEADS_WIDTH, ROUNDS = 16, 64, 3
 # width, depth, image size, rank share of what epsilon 0.8 gives, batch

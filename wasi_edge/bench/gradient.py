@@ -21,7 +21,8 @@ from wasi_edge.keep import EXACT, Keep
 from wasi_edge.layers.linear import SubspaceLinear
 from wasi_edge.layers.saving import Pass
 from wasi_edge.models.network import VisionTransformer
-from wasi_edge.preprocess import Preprocessing, center_view, normalise, open_photo, shrink
+from wasi_edge.preprocess import center_view, normalise, open_photo, shrink
+from wasi_edge.preprocessing import Preprocessing
 from wasi_edge.training.head import Head, fit_head
 from wasi_edge.training.loss import cross_entropy
 

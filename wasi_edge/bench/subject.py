@@ -24,7 +24,7 @@ from wasi_edge.conversion.sources import open_source
 from wasi_edge.errors import UsageError
 from wasi_edge.models.geometry_swin import Geometry
 from wasi_edge.models.locate import resolve_model
-from wasi_edge.preprocess import Preprocessing
+from wasi_edge.preprocessing import Preprocessing
 
 Read = Callable[[str], Tensor]
 CLASSES = 5

@@ -9,16 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wasi_edge.cli import console
+from wasi_edge.units import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from wasi_edge.artefact import ModelConfig
+    from wasi_edge.models.geometry_swin import Geometry
+    from wasi_edge.preprocessing import Preprocessing
 
 
 def info(
     model: Annotated[str, typer.Argument(help="A run, a model folder, a checkpoint of another library, or 'default'.")],
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
-    """Describe MODEL: sizes, ranks, labels, preprocessing, origin."""
+    """Describe MODEL: sizes, ranks, labels, preprocessing, origin, and what training it would take."""
     from wasi_edge.models.locate import resolve_source
 
     result = describe(resolve_source(model))
@@ -50,6 +55,7 @@ def describe(folder: Path) -> dict[str, Any]:
         **parameter_counts(config),
         "file_bytes": (folder / TENSORS_NAME).stat().st_size,
         "ranks": dict(config.linears),
+        "training_memory": _training_memory(config.geometry, config.preprocessing, config.linears),
         "labels": config.labels,
         "preprocessing": config.preprocessing.to_dict(),
         "provenance": dict(config.provenance),
@@ -84,6 +90,7 @@ def _describe_foreign(folder: Path) -> dict[str, Any]:
             "stored_parameters": parameters,
             "file_bytes": sum(path.stat().st_size for path in files),
             "ranks": dict.fromkeys(source.geometry.linear_shapes()),
+            "training_memory": _training_memory(source.geometry, source.preprocessing, {}),
             "labels": labels,
             "preprocessing": source.preprocessing.to_dict(),
             "provenance": dict(source.provenance),
@@ -91,9 +98,26 @@ def _describe_foreign(folder: Path) -> dict[str, Any]:
         }
 
 
+def _training_memory(
+    geometry: Geometry, preprocessing: Preprocessing, ranks: Mapping[str, int | None]
+) -> list[dict[str, Any]]:
+    """What training would take under common budgets; where a linear is dense, at the rank that epsilon 0.8 usually
+    gives."""
+    from wasi_edge.bench.synthetic import synthetic_ranks
+    from wasi_edge.planner.outlook import outlook
+
+    usual = synthetic_ranks(geometry)
+    chosen = {name: ranks.get(name) or rank or 1 for name, rank in usual.items()}
+    return outlook(geometry, preprocessing.image_size, chosen, preprocessing.resize_side)
+
+
 def for_people(result: dict[str, Any]) -> dict[str, Any]:
     """The same without nulls, the ranks in one line for each kind of layer."""
-    shown = {key: value for key, value in result.items() if value is not None and key != "ranks"}
+    shown = {
+        key: value for key, value in result.items() if value is not None and key not in ("ranks", "training_memory")
+    }
+    for row in result.get("training_memory", []):
+        shown[f"training in {format_size(row['budget_bytes'])}"] = _outlook_text(row, result["geometry"])
     shown["stored share"] = f"{100 * result['stored_parameters'] / result['dense_parameters']:.0f} % of the parameters"
     for key in ("dense_parameters", "stored_parameters"):
         shown[key] = f"{result[key]:,}"
@@ -104,3 +128,13 @@ def for_people(result: dict[str, Any]) -> dict[str, Any]:
         kind: ranks[0] if len(set(ranks)) == 1 else " ".join(ranks) for kind, ranks in kinds.items()
     }
     return shown
+
+
+def _outlook_text(row: dict[str, Any], geometry: dict[str, Any]) -> str:
+    if "peak_bytes" not in row:
+        return f"too small, {format_size(row['smallest_budget_bytes'])} would do"
+    depth = geometry.get("depth") or sum(geometry["depths"])
+    blocks = "all blocks" if row["trained_blocks"] == depth else f"the last {row['trained_blocks']} of {depth} blocks"
+    at_once = "a photo at a time" if row["micro_batch"] == 1 else f"{row['micro_batch']} photos at a time"
+    rank = "" if row["gradient_rank"] >= 32 else f", gradients of rank {row['gradient_rank']}"
+    return f"about {format_size(row['peak_bytes'])}: {blocks}, {at_once}{rank}"

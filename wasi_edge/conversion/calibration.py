@@ -13,7 +13,8 @@ import numpy as np
 
 from wasi_edge.data.headers import read_header
 from wasi_edge.errors import NoUsableData, UnreadablePhoto
-from wasi_edge.preprocess import Preprocessing, center_view, open_photo, shrink
+from wasi_edge.preprocess import center_view, open_photo, shrink
+from wasi_edge.preprocessing import Preprocessing
 from wasi_edge.units import format_size
 
 

@@ -22,7 +22,7 @@ from wasi_edge.errors import ConversionError
 from wasi_edge.models import keys_deit, keys_dinov2, keys_swin, keys_timm_vit, keys_torchvision_vit, keys_vit
 from wasi_edge.models.geometry_swin import Geometry
 from wasi_edge.models.keys import Source
-from wasi_edge.preprocess import Preprocessing
+from wasi_edge.preprocessing import Preprocessing
 
 # modules and objects that know `geometry_from_config` or `geometry_from_shapes`, and `plan_tensors`
 _BY_MODEL_TYPE: dict[str, Any] = {

@@ -15,7 +15,7 @@ from typing import Any
 from wasi_edge.artefact import read_json_object
 from wasi_edge.errors import ArtefactError, ConversionError
 from wasi_edge.models.geometry_swin import Geometry, SwinGeometry
-from wasi_edge.preprocess import Preprocessing
+from wasi_edge.preprocessing import Preprocessing
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
 _HALF = (0.5, 0.5, 0.5)
@@ -47,13 +47,15 @@ def _usual(path: Path, config: Mapping[str, Any], geometry: Geometry, key_map: A
         size = config.get("image_size", 32 * geometry.window)
         if "model_type" in config:
             return Preprocessing(image_size=size, crop_fraction=1.0, squash=True)
-        return Preprocessing(image_size=size, crop_fraction=0.9 if key_map.NAME.startswith("timm") else size / 232)
+        if key_map.NAME.startswith("timm"):
+            return Preprocessing.from_timm({"input_size": [3, size, size], "crop_pct": 0.9})
+        return Preprocessing(image_size=size, crop_fraction=size / round(size * 232 / 224), even_offset=True)
     size = geometry.position_grid * geometry.patch_size
     if "model_type" in config:
         return Preprocessing() if geometry.layer_scale else Preprocessing.plain_vit(size)
-    usual = Preprocessing(image_size=size)  # torchvision's, and of DeiT and DINOv2
     if key_map.NAME.startswith("torchvision"):
-        return replace(usual, interpolation="bilinear")
+        return Preprocessing(image_size=size, interpolation="bilinear", even_offset=True)
+    usual = Preprocessing.from_timm({"input_size": [3, size, size], "crop_pct": 1.0 if geometry.layer_scale else 0.9})
     if geometry.layer_scale or geometry.features == "class+distillation" or "deit" in path.name.lower():
-        return replace(usual, crop_fraction=1.0 if geometry.layer_scale else 0.9)
-    return replace(usual, crop_fraction=0.9, mean=_HALF, std=_HALF)
+        return usual  # of DINOv2 and DeiT
+    return replace(usual, mean=_HALF, std=_HALF)

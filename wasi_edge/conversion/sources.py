@@ -27,7 +27,7 @@ from wasi_edge.artefact import (
 )
 from wasi_edge.errors import ConversionError
 from wasi_edge.models.geometry_swin import Geometry
-from wasi_edge.preprocess import Preprocessing
+from wasi_edge.preprocessing import Preprocessing
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 

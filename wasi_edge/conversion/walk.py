@@ -26,7 +26,8 @@ from wasi_edge.layers.linear import Linear, WasiLinear
 from wasi_edge.layers.saving import Pass
 from wasi_edge.models.geometry_swin import Geometry
 from wasi_edge.models.network import build_block, build_stem
-from wasi_edge.preprocess import Preprocessing, normalise
+from wasi_edge.preprocess import normalise
+from wasi_edge.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)

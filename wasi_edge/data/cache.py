@@ -33,7 +33,8 @@ from wasi_edge.data.folder import Photo, SkippedFile
 from wasi_edge.data.headers import read_header
 from wasi_edge.data.split import difference_hash
 from wasi_edge.errors import UnreadablePhoto, WasiEdgeError
-from wasi_edge.preprocess import MAX_PIXELS, Preprocessing, open_photo, shrink
+from wasi_edge.preprocess import MAX_PIXELS, open_photo, shrink
+from wasi_edge.preprocessing import Preprocessing
 from wasi_edge.units import format_size
 
 SCHEMA = 1

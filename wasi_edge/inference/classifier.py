@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from wasi_edge.errors import UsageError
+from wasi_edge.preprocessing import Preprocessing
 
 if TYPE_CHECKING:  # the command line reads `Backend` at every start, and needs neither numpy nor Pillow for it
     import numpy as np
-
-    from wasi_edge.preprocess import Preprocessing
 
 
 class Classifier(Protocol):

@@ -24,7 +24,8 @@ import numpy as np
 from wasi_edge.data.folder import PHOTO_SUFFIXES, file_identity, folder_entries, is_folder, is_foreign
 from wasi_edge.errors import UnreadablePhoto
 from wasi_edge.inference.classifier import Classifier
-from wasi_edge.preprocess import Preprocessing, center_view, open_photo, shrink
+from wasi_edge.preprocess import center_view, open_photo, shrink
+from wasi_edge.preprocessing import Preprocessing
 
 DECODERS = 2
 # Finished pictures waiting for the classifier, beyond a batch; each is 100 to 200 kB.

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from wasi_edge.data.augment import augment
 from wasi_edge.data.cache import PhotoCache
-from wasi_edge.preprocess import Preprocessing, center_view, normalise
+from wasi_edge.preprocess import center_view, normalise
+from wasi_edge.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)

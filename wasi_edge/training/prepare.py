@@ -29,7 +29,8 @@ from wasi_edge.planner.choices import CACHED_VIEWS
 from wasi_edge.planner.memory import cached_bytes_per_photo
 from wasi_edge.planner.plan import Base, Plan, Speed, Work, choose_plan
 from wasi_edge.planner.workload import Workload
-from wasi_edge.preprocess import Preprocessing, open_photo, shrink
+from wasi_edge.preprocess import open_photo, shrink
+from wasi_edge.preprocessing import Preprocessing
 from wasi_edge.subspace.ranks import break_even_rank
 from wasi_edge.training import defaults
 from wasi_edge.training.probe import run_probe
