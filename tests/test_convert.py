@@ -461,3 +461,28 @@ def test_a_source_of_our_own_without_an_epsilon_counts_as_whole(source, tmp_path
             writer.add(name, source.read(name))
     with open_source(tmp_path / "dense") as own:
         assert choose_ranks(own, Settings(epsilon=0.6)) == choose_ranks(source, Settings(epsilon=0.6))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"features": "class"},
+        {"features": "class+distillation", "registers": 2},
+        {"features": "mean", "class_token": False, "pool_first": True},
+    ],
+)
+def test_a_network_whose_head_reads_few_tokens_is_calibrated_on_all_of_them(tmp_path, change):
+    geometry = dataclasses.replace(GEOMETRY, **change)
+    ranks, values = random_tensors(geometry, None, None)
+    with write_artefact(
+        tmp_path / "dense", ModelConfig("d", geometry, ranks, Preprocessing(image_size=SIZE))
+    ) as writer:
+        for name, value in values.items():
+            writer.add(name, value.numpy().astype(np.float32))
+    settings = Settings(epsilon=0.5, image_size=SIZE, always_factor=True)
+    with open_source(tmp_path / "dense") as dense:
+        expected = dense_features(dense)
+        convert(dense, tmp_path / "plain", settings)
+        convert(dense, tmp_path / "aware", settings, CALIBRATION)
+    plain_error, aware_error = (relative_error(features(tmp_path / name), expected) for name in ("plain", "aware"))
+    assert 0 < aware_error < 0.9 * plain_error

@@ -11,8 +11,8 @@ GELU_ROWS = 256
 NORM_ROWS = 512
 # photos whose features the ridge fit of the head holds in float64
 HEAD_ROWS = 128
-# photos that pass through the network together while a checkpoint is converted
-CONVERSION_PHOTOS = 8
+# most photos that pass through the network together while a checkpoint is converted, and numbers of their tokens
+CONVERSION_PHOTOS, _CONVERSION_NUMBERS = 8, 800_000
 # inputs beyond which a calibration moment is kept in float32
 WIDE_INPUT = 1024
 # rows of a factor that share one buffer of random bits while they are rounded
@@ -52,6 +52,12 @@ def attention_photos(tokens: int, ample: bool) -> int:
 def window_photos(tokens: int, window_tokens: int, heads: int) -> int:
     """How many photos pass through attention within windows together."""
     return max(1, _WINDOW_HEADS // (tokens // window_tokens * heads))
+
+
+def conversion_photos(numbers: int) -> int:
+    """How many photos pass together while a checkpoint is converted, `numbers` N D of a photo's tokens where they are
+    most."""
+    return max(1, min(CONVERSION_PHOTOS, _CONVERSION_NUMBERS // numbers))
 
 
 def sampled_tokens(tokens: int) -> int:

@@ -4,13 +4,13 @@
 
 The terms follow `convert.py` and `walk.py`: the dense block and its factors; the moments of all its linears and float64
 copies while the largest is taken apart; of one linear, its covariance three times (itself, damped, and factorised) and
-as many matrices of the weight's size; the buffers of both networks over eight photos; two streams of tokens in float16.
+as many matrices of the weight's size; the buffers of both networks over a few photos; two streams of tokens in float16.
 The base is that of before the library pages left, and generous.
 """
 
 from __future__ import annotations
 
-from wasi_edge.chunks import CONVERSION_PHOTOS, WIDE_INPUT
+from wasi_edge.chunks import WIDE_INPUT, conversion_photos
 from wasi_edge.errors import BudgetInfeasible
 from wasi_edge.models.geometry_swin import Geometry
 from wasi_edge.units import format_size
@@ -71,7 +71,8 @@ def conversion_bytes(geometry: Geometry, image_size: int, photos: int, base_byte
     regression = max(3 * moments, max(size * columns**2 for _, columns, size in sizes) + factorisation)
     blocks = geometry.block_shapes(image_size)
     numbers = max(shape.tokens * (12 * shape.width + 2 * shape.mlp_width) for shape in blocks)
-    chunk = 2 * 4 * min(photos, CONVERSION_PHOTOS) * numbers
+    together = conversion_photos(max(shape.tokens * shape.width for shape in blocks))
+    chunk = 2 * 4 * min(photos, together) * numbers
     held = _stream_bytes(geometry, image_size, photos)
     reading = base_bytes + SLACK_BYTES + held + DECODE_BYTES
     return max(fixed + max(spectra, regression, moments + chunk) + held, reading)

@@ -3,7 +3,7 @@
 Two streams of tokens (n, N, D) in float16: what the dense network makes of the photos, and what the network that is
 being made of factors makes of them. Of each linear in turn the second one's inputs are paired with what, added to its
 stream, would bring it back to the first (`regression.py`); for qkv and fc1, whose outputs are no part of the stream,
-with the dense layer's own. Everything between is worked out again from the streams, eight photos at a time.
+with the dense layer's own. Everything between is worked out again from the streams, a few photos at a time.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wasi_edge.chunks import CONVERSION_PHOTOS, WIDE_INPUT
+from wasi_edge.chunks import WIDE_INPUT, conversion_photos
 from wasi_edge.conversion.factorise import Moments, squared_singular_values
 from wasi_edge.conversion.regression import JointMoments, regress
 from wasi_edge.layers.activation import gelu, keep_gelu
+from wasi_edge.layers.attention import Attention
 from wasi_edge.layers.block import Block
 from wasi_edge.layers.entry import Merge
 from wasi_edge.layers.linear import Linear, WasiLinear
@@ -50,11 +51,13 @@ class Walk:
     ) -> None:
         self._geometry, self._read, self._run = geometry, read, Pass()
         self._size = preprocessing.image_size
+        blocks = geometry.block_shapes(self._size)
+        self._together = conversion_photos(max(shape.tokens * shape.width for shape in blocks))
         stem = build_stem(geometry, read, self._size)
         shape = calibration.count, geometry.tokens(self._size), geometry.width
         self._dense = torch.empty(shape, dtype=torch.float16)
-        for first in range(0, calibration.count, CONVERSION_PHOTOS):
-            chosen = range(first, min(first + CONVERSION_PHOTOS, calibration.count))
+        for first in range(0, calibration.count, self._together):
+            chosen = range(first, min(first + self._together, calibration.count))
             pixels = normalise(np.stack([calibration.read(photo) for photo in chosen]), preprocessing)
             self._dense[first : first + len(chosen)] = stem.forward(torch.from_numpy(pixels), self._run, learns=False)[
                 0
@@ -66,10 +69,10 @@ class Walk:
         block = self._dense_block(index)
         observed = {name: Moments(layer.shape[1], _precision(layer.shape[1])) for name, layer in block.linears.items()}
         if isinstance(block.entry, Merge):
-            for chunk in self._dense.split(CONVERSION_PHOTOS):
+            for chunk in self._dense.split(self._together):
                 observed["merge"].add(block.entry.gathered_norm(chunk.float(), self._run))
         self._dense = self._entered(block, self._dense)
-        for chunk in self._dense.split(CONVERSION_PHOTOS):
+        for chunk in self._dense.split(self._together):
             stages = _Stages(block, chunk, self._run)
             observed["qkv"].add(stages.normed())
             observed["proj"].add(stages.mixed())
@@ -104,7 +107,7 @@ class Walk:
             merge = copy.copy(dense.entry)
             merge.linear, ours.entry = linear, merge
         self._dense, self._factored = self._entered(dense, self._dense), self._entered(ours, self._factored)
-        streams = [stream.split(CONVERSION_PHOTOS) for stream in (self._dense, self._factored)]
+        streams = [stream.split(self._together) for stream in (self._dense, self._factored)]
         for stage, pair in _PAIRS.items():
             pairs = (
                 pair(_Stages(dense, wanted, self._run), _Stages(ours, chunk, self._run))
@@ -112,7 +115,7 @@ class Walk:
             )
             linear = self._fitted(f"{dense.name}.{stage}", getattr(dense, stage), pairs, ranks, rounded, tensors)
             setattr(ours, stage, linear)
-        for chunk in self._factored.split(CONVERSION_PHOTOS):
+        for chunk in self._factored.split(self._together):
             stages = _Stages(ours, chunk, self._run)
             chunk.copy_(stages.output(chunk))
         return tensors
@@ -150,7 +153,7 @@ class Walk:
 
     def _merge_pairs(self, entry: Merge) -> Iterator[tuple[Tensor, Tensor]]:
         """What the linear of a merge sees of our tokens, and what the dense one makes of the dense tokens."""
-        streams = [stream.split(CONVERSION_PHOTOS) for stream in (self._dense, self._factored)]
+        streams = [stream.split(self._together) for stream in (self._dense, self._factored)]
         for wanted, chunk in zip(*streams, strict=True):
             made = entry.forward(wanted.float(), self._run, None)[0]
             yield entry.gathered_norm(chunk.float(), self._run), made.flatten(0, 1)
@@ -161,14 +164,18 @@ class Walk:
             return stream
         first = block.entry.forward(stream[:1].float(), self._run, None)[0]
         entered = torch.empty((len(stream), *first.shape[1:]), dtype=stream.dtype)
-        for made, chunk in zip(entered.split(CONVERSION_PHOTOS), stream.split(CONVERSION_PHOTOS), strict=True):
+        for made, chunk in zip(entered.split(self._together), stream.split(self._together), strict=True):
             made.copy_(block.entry.forward(chunk.float(), self._run, None)[0])
         return entered
 
     def _dense_block(self, index: int) -> Block:
         prefix = f"blocks.{index}."
         ranks = {name: None for name in self._geometry.linear_shapes() if name.startswith(prefix)}
-        return build_block(self._geometry, index, ranks, self._read, self._size)
+        block = build_block(self._geometry, index, ranks, self._read, self._size)
+        if isinstance(block.attention, Attention):
+            # all tokens are looked at, also where the head reads one: a photo has only one of those
+            block.attention, block.queries = Attention(block.attention.heads), None
+        return block
 
 
 class _Stages:
