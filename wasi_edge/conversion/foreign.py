@@ -19,7 +19,16 @@ from wasi_edge.artefact import CONFIG_NAME, read_json_object
 from wasi_edge.conversion.checkpoint_files import Tensors, open_file, open_folder, shapes_of
 from wasi_edge.conversion.source_preprocessing import preprocessing_of
 from wasi_edge.errors import ConversionError
-from wasi_edge.models import keys_deit, keys_dinov2, keys_swin, keys_timm_vit, keys_torchvision_vit, keys_vit
+from wasi_edge.models import (
+    keys_deit,
+    keys_dinov2,
+    keys_swin,
+    keys_timm_swin,
+    keys_timm_vit,
+    keys_torchvision_swin,
+    keys_torchvision_vit,
+    keys_vit,
+)
 from wasi_edge.models.geometry_swin import Geometry
 from wasi_edge.models.keys import Source
 from wasi_edge.preprocessing import Preprocessing
@@ -29,7 +38,7 @@ _BY_MODEL_TYPE: dict[str, Any] = {
     **{module.MODEL_TYPE: module for module in (keys_vit, keys_deit, keys_dinov2, keys_swin)},
     keys_dinov2.MODEL_TYPE_WITH_REGISTERS: keys_dinov2,
 }
-_BY_KEYS: tuple[Any, ...] = (keys_timm_vit, keys_torchvision_vit, keys_swin.TIMM, keys_swin.TORCHVISION)
+_BY_KEYS: tuple[Any, ...] = (keys_timm_vit, keys_torchvision_vit, keys_timm_swin.LAYOUT, keys_torchvision_swin.LAYOUT)
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
