@@ -18,6 +18,7 @@ from PIL import Image
 from real_libraries import perturbed, timm, torchvision_models, transformers
 
 from wasi_edge.conversion.sources import DenseSource, open_source
+from wasi_edge.errors import ConversionError
 from wasi_edge.layers.saving import Pass
 from wasi_edge.models.network import build_network
 from wasi_edge.models.vanilla import build_vanilla
@@ -132,6 +133,35 @@ def test_torchvisions_logits(tmp_path, name):
     model = perturbed(getattr(torchvision_models(), name)(num_classes=CLASSES))
     safetensors.torch.save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
     check(tmp_path / f"{name}.safetensors", model, lambda model, pixels: model(pixels), 224)
+
+
+def test_swin_as_older_files_and_the_authors_spell_it(tmp_path):
+    """Merges counted with the stage they leave, `head` without `fc`, and buffers that follow from the geometry."""
+    model = perturbed(timm().create_model("swin_tiny_patch4_window7_224", num_classes=CLASSES))
+    now, old = model.state_dict(), {}
+    for key, value in now.items():
+        if ".downsample." in key:
+            _, stage, rest = key.split(".", 2)
+            key = f"layers.{int(stage) - 1}.{rest}"
+        old[key.replace("head.fc.", "head.")] = value
+    old["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
+    old["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.int64)
+    safetensors.torch.save_file(now, tmp_path / "now.safetensors")
+    torch.save({"model": old}, tmp_path / "old.pth")
+    with open_source(tmp_path / "now.safetensors") as one, open_source(tmp_path / "old.pth") as other:
+        assert one.geometry == other.geometry and one.tensor_shapes == other.tensor_shapes
+        for name in one.tensor_names:
+            np.testing.assert_array_equal(one.read(name), other.read(name))
+
+
+@pytest.mark.parametrize("name", ["swinv2_tiny_window8_256", "vit_base_patch16_clip_224", "beit_base_patch16_224"])
+def test_relatives_that_are_something_else_are_refused_by_name(tmp_path, name):
+    with torch.device("meta"):
+        model = timm().create_model(name, num_classes=CLASSES)
+    state = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"version 2|CLIP|BEiT"):
+        open_source(tmp_path / "model.safetensors")
 
 
 # ---------------------------------------------------------------------- pixels
