@@ -158,6 +158,14 @@ def test_synthetic_weights_are_named_and_claim_no_gradient() -> None:
     assert "cannot be told from synthetic weights" in second and "off by" not in second
 
 
+def test_copies_of_windows_are_said_where_there_are_windows() -> None:
+    with_windows = wasi(0.8, 1.86, 1.62, 470, window_copies_fraction=0.012)
+    result = bench(results=[row("vanilla", 1.0, 1.0, 1100), with_windows])
+    sentences = bench_sentences(result)
+    assert any("1 % of a training step bring tokens to other windows" in sentence for sentence in sentences)
+    assert "window copies, of the step" in render_bench_report(result)
+
+
 def test_several_batches_are_told_apart() -> None:
     small = {"batch": 1, "train_speedup": 1.12}
     result = bench(results=[*bench()["results"], {**row("vanilla"), "batch": 1}, {**wasi(0.8, 1, 1, 500), **small}])

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from wasi_edge.report.page import mappings
 from wasi_edge.report.svg import finite, number_text, printable
+from wasi_edge.report.terminal import percent
 from wasi_edge.units import format_size
 
 Row = Mapping[str, Any]
@@ -168,6 +169,9 @@ def _training(row: Row, group: BenchGroup, with_batch: bool) -> str:
 
 def _inference(row: Row) -> str:
     clauses = [f"it infers {_pace(row, 'infer')}"] if finite(row.get("infer_speedup")) is not None else []
+    copies = finite(row.get("window_copies_fraction"))
+    if copies is not None:
+        clauses.append(f"{percent(copies)} of a training step bring tokens to other windows")
     error, rank = finite(row.get("gradient_error")), finite(row.get("rank"))
     at = "" if rank is None else f" at rank {number_text(rank)}"
     if error is not None:
