@@ -82,6 +82,18 @@ def test_names_of_data_parallel_training_are_known(tmp_path):
         assert source.geometry.depth == DEPTH
 
 
+def test_parameters_and_transposed_tensors_are_tensors_too(tmp_path):
+    state = tensors(timm_vit())
+    odd = dict(state)
+    odd["norm.weight"] = torch.nn.Parameter(state["norm.weight"])
+    odd["blocks.0.attn.proj.weight"] = state["blocks.0.attn.proj.weight"].t().contiguous().t()
+    torch.save(odd, tmp_path / "odd.pth")
+    torch.save(state, tmp_path / "plain.pth")
+    with open_source(tmp_path / "odd.pth") as one, open_source(tmp_path / "plain.pth") as other, torch.enable_grad():
+        for name in one.tensor_names:
+            np.testing.assert_array_equal(one.read(name), other.read(name))
+
+
 class Evil:
     """A pickle that makes a file where it is loaded freely."""
 
@@ -111,6 +123,14 @@ def hostile(folder: Path) -> dict[str, tuple[Path, str]]:
     saved("code.pth", pickle.dumps({"cls_token": Evil(folder / "was-run")}), "code.pth")
     torch.save({"model": Evil(folder / "was-run")}, folder / "zipped.pth")
     found["zipped.pth"] = folder / "zipped.pth", "asks to run code"
+    wide = {"cls_token": torch.zeros(1).expand(2048, 2048)}
+    torch.save(wide, folder / "expanded.pth")
+    found["expanded.pth"] = folder / "expanded.pth", "no plain tensor"
+    twice = tensors(state) | {"module.norm.weight": torch.zeros(D)}
+    torch.save(twice, folder / "twice.pth")
+    found["twice.pth"] = folder / "twice.pth", "same tensor twice"
+    torch.save({1: torch.zeros(2)}, folder / "numbers.pth")
+    found["numbers.pth"] = folder / "numbers.pth", "holds no state dict"
     saved("noise.pth", b"\x00\x01noise", "or is damaged")
     torch.save([1, 2, 3], folder / "list.pth")
     found["list.pth"] = folder / "list.pth", "holds no state dict"
@@ -123,6 +143,8 @@ def hostile(folder: Path) -> dict[str, tuple[Path, str]]:
         ("normed", "blocks.0.attn.q_norm.weight", (D,), "normalised queries"),
         ("more", "blocks.0.extra.weight", (D,), "do not know: blocks.0.extra.weight"),
         ("odd", "pos_embed", (1, 8, D), "make no square"),
+        ("flat", "pos_embed", (D,), "make no square"),
+        ("deep", "blocks.30000000.norm1.weight", (D,), "numbers of the blocks"),
     ):
         saved(f"{name}.safetensors", safetensors.numpy.save(timm_vit(**{key: shape})), expected)
     wrong = state | {"blocks.1.mlp.fc2.weight": state["blocks.1.mlp.fc1.weight"]}

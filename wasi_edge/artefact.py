@@ -183,9 +183,9 @@ def read_config(folder: str | Path) -> ModelConfig:
     """
     path = Path(folder) / CONFIG_NAME
     values = read_json_object(path)
-    if "schema_version" not in values and "model_type" in values:
+    if "schema_version" not in values and any(key in values for key in _FOREIGN):
         raise ArtefactError(
-            f"{folder} is a Hugging Face folder; make a model of it first: wasi-edge convert {folder} OUT"
+            f"{folder} is a folder of another library; make a model of it first: wasi-edge convert {folder} OUT"
         )
     try:
         return ModelConfig.from_dict(values)

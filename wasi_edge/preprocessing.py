@@ -78,6 +78,7 @@ class Preprocessing:
         size = d.get("input_size", [3, 224, 224])
         if not isinstance(size, list | tuple) or len(size) != 3 or size[1] != size[2]:
             raise ArtefactError(f"pretrained_cfg: input_size should be [3, S, S], found {size!r}")
+        _require_int("input_size", size[1], 8, 2048)
         crop = _require_number("crop_pct", d.get("crop_pct", 0.875), 0.25, 1.0)
         mean = _three("mean", d.get("mean", cls.mean), -1e6)
         std = _three("std", d.get("std", cls.std), 1e-6)

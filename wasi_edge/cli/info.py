@@ -74,9 +74,12 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 
 def _describe_foreign(folder: Path) -> dict[str, Any]:
     """A checkpoint of another library: what a conversion would read."""
+    from wasi_edge.conversion.checkpoint_files import PICKLE_SUFFIXES
     from wasi_edge.conversion.sources import open_source
 
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")) if folder.is_dir() else [folder]
+    inside = list(folder.iterdir()) if folder.is_dir() else [folder]
+    files = [path for path in inside if path.suffix == ".safetensors"]
+    files = files or [path for path in inside if path.suffix in PICKLE_SUFFIXES]
     with open_source(folder) as source:
         parameters = sum(math.prod(shape) for shape in source.tensor_shapes.values())
         labels = [] if source.id2label is None else [source.id2label[i] for i in sorted(source.id2label)]

@@ -8,6 +8,8 @@ back to loading freely. Pickles of torch 1.6 and later are mapped, and their pag
 from __future__ import annotations
 
 import re
+import sys
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -50,8 +52,15 @@ class PickledTensors:
     def __init__(self, path: Path) -> None:
         self._path = path
         loaded, self._is_mapped = _load(path)
-        state = _state_dict(loaded, path)
-        self._tensors: dict[str, Any] = {key.removeprefix("module."): value for key, value in state.items()}
+        self._tensors: dict[str, Any] = {}
+        self._copied: set[str] = set()
+        for key, value in _state_dict(loaded, path).items():
+            name = key.removeprefix("module.")
+            if name in self._tensors:
+                raise ConversionError(f"{path} holds the same tensor twice: {key} and {name}")
+            self._tensors[name] = _plain(value, key, path)
+            if self._tensors[name].data_ptr() != value.data_ptr():
+                self._copied.add(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -71,8 +80,8 @@ class PickledTensors:
         if not tensor.is_floating_point():
             raise ConversionError(f"{self._path}: {name} holds {tensor.dtype} numbers; expected floating-point ones")
         result = tensor.float().numpy().astype(np.float32, copy=True)
-        # nobody wrote to it, so what is mapped is what the file holds; of a file read as a whole nothing may be dropped
-        if self._is_mapped:
+        # what is mapped and was written by nobody is what the file holds; of a file read as a whole nothing may go
+        if self._is_mapped and name not in self._copied:
             drop_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
         return result
 
@@ -152,7 +161,8 @@ def _load(path: Path) -> tuple[Any, bool]:
         )
     try:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True), True
+            # numbers of the other byte order are turned in place: not what the file holds any more
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True), _is_native(path)
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
@@ -168,19 +178,45 @@ def _load(path: Path) -> tuple[Any, bool]:
         raise ArtefactError(f"{path}: no checkpoint of torch ({_first_line(error)})") from error
 
 
+def _is_native(path: Path) -> bool:
+    """Whether the archive says that its numbers are in this machine's byte order (older ones say nothing)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            orders = [name for name in archive.namelist() if name.endswith("/byteorder")]
+            return bool(orders) and archive.read(orders[0]).decode() == sys.byteorder
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+
+
 def _state_dict(loaded: Any, path: Path) -> dict[str, Any]:
     import torch
 
     for _ in range(2):
         if not isinstance(loaded, dict):
             break
-        if loaded and all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        if loaded and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded.items()):
             return loaded
         wrapped = [loaded[name] for name in _WRAPPERS if isinstance(loaded.get(name), dict)]
         if not wrapped:
             break
         loaded = wrapped[0]
     raise ConversionError(f"{path} holds no state dict (names and tensors, perhaps under {', '.join(_WRAPPERS[:3])})")
+
+
+def _plain(value: Any, key: str, path: Path) -> Any:
+    """A tensor whose numbers lie one after another in its own storage. Raises ConversionError for any other: sizes that
+    the storage does not have would let a small file ask for terabytes, and drop pages that belong to others."""
+    import torch
+
+    is_usual = value.layout is torch.strided and value.device.type == "cpu"
+    if is_usual:
+        value = value.detach()
+        size, storage = value.element_size(), value.untyped_storage().nbytes()
+        if value.is_contiguous() and (value.storage_offset() + value.numel()) * size <= storage:
+            return value
+        if value.numel() * size <= storage:  # a transposed one
+            return value.contiguous().clone()
+    raise ConversionError(f"{path}: {key} is no plain tensor with numbers of its own; save the state dict again")
 
 
 def _first_line(error: Exception) -> str:

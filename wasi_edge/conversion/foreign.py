@@ -38,6 +38,8 @@ _BY_MODEL_TYPE: dict[str, Any] = {
     **{module.MODEL_TYPE: module for module in (keys_vit, keys_deit, keys_dinov2, keys_swin)},
     keys_dinov2.MODEL_TYPE_WITH_REGISTERS: keys_dinov2,
 }
+# of timm, whose tensors look like a plain ViT's
+_OTHER_NETWORKS = ("siglip", "so400m", "giant", "gigantic", "base_patch16_gap", "quickgelu")
 _BY_KEYS: tuple[Any, ...] = (keys_timm_vit, keys_torchvision_vit, keys_timm_swin.LAYOUT, keys_torchvision_swin.LAYOUT)
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -89,6 +91,9 @@ def open_foreign(path: Path, stack: ExitStack) -> Foreign:
         geometry = key_map.geometry_from_config(config, found)
     else:
         key_map = _by_keys(found, path)
+        named = str(config.get("architecture", path.stem)).lower()
+        if word := next((word for word in _OTHER_NETWORKS if word in named), None):
+            raise ConversionError(f"{named} is not supported: {word} networks have other heads or activations")
         layout, geometry = key_map.NAME, key_map.geometry_from_shapes(found, _heads(config))
     plan: dict[str, Source] = key_map.plan_tensors(geometry, found)
     shapes = _checked_shapes(geometry, plan, found)

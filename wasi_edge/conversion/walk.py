@@ -106,7 +106,8 @@ class Walk:
             linear = self._fitted(f"{dense.name}.merge", dense.entry.linear, pairs, ranks, rounded, tensors)
             merge = copy.copy(dense.entry)
             merge.linear, ours.entry = linear, merge
-        self._dense, self._factored = self._entered(dense, self._dense), self._entered(ours, self._factored)
+        self._dense = self._entered(dense, self._dense)
+        self._factored = self._entered(ours, self._factored)
         streams = [stream.split(self._together) for stream in (self._dense, self._factored)]
         for stage, pair in _PAIRS.items():
             pairs = (

@@ -68,7 +68,7 @@ class SwinGeometry:
                 raise ArtefactError(f"geometry: width {self.stage_width(stage)} is no multiple of {heads} heads")
         for name in ("mlp_ratio", "norm_eps"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+            if type(value) not in (int, float) or not (math.isfinite(value) and 0 < value < 1e3):
                 raise ArtefactError(f"geometry: {name} should be a number above 0, found {value!r}")
 
     @property
@@ -137,7 +137,7 @@ class SwinGeometry:
                 BlockShape(
                     tokens=(self.grid(image_size) >> stage) ** 2,
                     width=width,
-                    mlp_width=int(self.mlp_ratio * width),
+                    mlp_width=round(self.mlp_ratio * width),
                     heads=self.stage_heads[stage],
                     attended=self.window_at(image_size) ** 2,
                     merged=stage > 0 and number == 0,
@@ -151,7 +151,7 @@ class SwinGeometry:
         for block in range(self.depth):
             stage, number = self.stage_of(block)
             width = self.stage_width(stage)
-            hidden = int(self.mlp_ratio * width)
+            hidden = round(self.mlp_ratio * width)
             if stage and not number:
                 shapes[f"blocks.{block}.merge"] = (width, 2 * width)
             shapes[f"blocks.{block}.qkv"] = (3 * width, width)

@@ -2,7 +2,7 @@
 
 The library that downloads (the extra `hub`) runs in a process of its own, because importing it takes some 40 MB that
 would stay until the end of a conversion. Only configurations and tensors are fetched, into the library's own cache,
-from which they come without a network the next time. Nothing is ever sent but the name asked for.
+from which they come without a network the next time. No photo and nothing about them is ever sent.
 """
 
 from __future__ import annotations

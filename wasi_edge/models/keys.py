@@ -251,9 +251,11 @@ def canonical_mlp(key: str) -> str:
 
 
 def depth_of(found: Iterable[str], pattern: str) -> int:
-    """Blocks, counted by the largest number that `pattern` finds."""
-    numbers = [int(match[1]) for key in found if (match := re.match(pattern, key))]
-    return max(numbers, default=-1) + 1
+    """Blocks, by the numbers that `pattern` finds. Raises ConversionError where they have gaps."""
+    numbers = {int(match[1]) for key in found if (match := re.match(pattern, key))}
+    if numbers != set(range(len(numbers))):
+        raise ConversionError(f"the numbers of the blocks have gaps: {len(numbers)} blocks, the last is {max(numbers)}")
+    return len(numbers)
 
 
 def few(names: Iterable[str]) -> str:

@@ -75,7 +75,7 @@ class StateDict:
             depths.append(depth)
         patch = found.get(f"{words.patch}.weight", ())
         fc1 = found.get(words.block.format(stage=0, block=0, twice=1) + words.fc1 + ".weight", ())
-        if len(patch) != 4 or len(fc1) != 2 or not depths:
+        if len(patch) != 4 or len(fc1) != 2 or not all(fc1) or not depths:
             raise ConversionError("these tensors make no Swin transformer: stages, patches or MLPs are missing")
         return build_swin_geometry(
             patch_size=patch[2],

@@ -1,9 +1,9 @@
 """timm's state dicts of ViT, DeiT (distilled too) and DINOv2 (with registers too). No torch.
 
-A state dict carries no configuration: sizes are read from the shapes. What shapes do not say: heads, which are 64
-channels wide in all of these networks but ViT-H, the epsilon of the norms (1e-6), and that the activation is GELU;
-variants for which that is not so carry keys that are refused here (SwiGLU, normalised queries, a norm before the
-blocks, attention pooling).
+A state dict carries no configuration: sizes are read from the shapes. What shapes do not say: heads, known for the
+widths of ViT-Ti, S, B, L and H and refused for others, the epsilon of the norms (1e-6), and that the activation is GELU
+by erf. Most variants for which that is not so carry keys that are refused here (SwiGLU, normalised queries, a norm before
+the blocks, attention pooling); those that do not (SigLIP, giant) are refused by name, where a folder or file states it.
 
 `norm` after the blocks means that the class token is read, or tokens whose mean follows; `fc_norm` that the mean of the
 patches is normed. Where a network has no class row in its position table (DINOv2 with registers), the class token
@@ -12,6 +12,7 @@ holds its position itself.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -23,8 +24,7 @@ NAME = "timm ViT"
 IMAGE_FAMILY = "vit"
 
 _IGNORED = re.compile(r"mask_token")
-_HEAD_CHANNELS = 64
-_HEADS = {1280: 16}  # ViT-H
+_HEADS = {64: 1, 192: 3, 256: 4, 320: 5, 384: 6, 512: 8, 640: 10, 768: 12, 1024: 16, 1280: 16}
 _BLOCK = r"blocks\.(\d+)\."
 _REFUSED = {
     r".*\.mlp\.w12\..*|.*\.mlp\.fc1_g\..*": "a SwiGLU MLP",
@@ -70,13 +70,10 @@ def geometry_from_shapes(found: Mapping[str, Shape], heads: int | None = None) -
         features = "mean"
     else:
         features = "class" if "head.weight" in found else "class+mean"
-    registers = found.get("reg_token", (1, 0, 0))[1] + int("dist_token" in found)
-    leading = {"pos_embed": int("cls_token" in found) + int("dist_token" in found)}
-    if "reg_token" in found:
-        leading["pos_embed"] = 0
+    registers = (found["reg_token"][1:2] or (0,))[0] if "reg_token" in found else int("dist_token" in found)
     return vit_geometry(
         patch=found["patch_embed.proj.weight"],
-        rows=found.get("pos_embed", (1, 0, 0))[1] - leading["pos_embed"],
+        rows=patch_rows(found.get("pos_embed", ())),
         mlp=found.get("blocks.0.mlp.fc1.weight", ()),
         depth=depth_of(found, _BLOCK),
         heads=heads,
@@ -101,6 +98,18 @@ def plan_tensors(geometry: ViTGeometry, found: Mapping[str, Shape]) -> dict[str,
     return plan_vit(geometry, Spelling(**words), found, _IGNORED)
 
 
+def patch_rows(table: Shape) -> int:
+    """Of a position table (1, rows, D) the rows of patches: what makes a square after none, one or two rows for the
+    class and the distillation token. 0 where there is no such table."""
+    if len(table) != 3:
+        return 0
+    for leading in (0, 1, 2):
+        rows = table[1] - leading
+        if rows > 0 and math.isqrt(rows) ** 2 == rows:
+            return rows
+    return table[1]
+
+
 def vit_geometry(*, patch: Shape, rows: int, mlp: Shape, depth: int, heads: int | None, **more: object) -> ViTGeometry:
     """From the shapes of the patch embedding and of an fc1, and the rows of the position table that are patches'."""
     if len(patch) != 4 or patch[2] != patch[3] or len(mlp) != 2:
@@ -110,8 +119,8 @@ def vit_geometry(*, patch: Shape, rows: int, mlp: Shape, depth: int, heads: int 
     if not grid or grid * grid != rows:
         raise ConversionError(f"{max(rows, 0)} positions of patches make no square")
     if heads is None:
-        heads = _HEADS.get(width, width // _HEAD_CHANNELS)
-        if width % _HEAD_CHANNELS and width not in _HEADS:
+        heads = _HEADS.get(width)
+        if heads is None:
             raise ConversionError(
                 f"a width of {width} does not tell the number of heads; save the model in Hugging Face's layout, "
                 "whose config.json does"

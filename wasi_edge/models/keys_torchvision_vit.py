@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from wasi_edge.models.geometry import ViTGeometry
 from wasi_edge.models.keys import Shape, Source, Spelling, depth_of, plan_vit
-from wasi_edge.models.keys_timm_vit import vit_geometry
+from wasi_edge.models.keys_timm_vit import patch_rows, vit_geometry
 
 NAME = "torchvision ViT"
 IMAGE_FAMILY = "vit"
@@ -44,7 +44,7 @@ def geometry_from_shapes(found: Mapping[str, Shape], heads: int | None = None) -
     names = _spelling(found)
     return vit_geometry(
         patch=found["conv_proj.weight"],
-        rows=found.get(names.position, (1, 1, 0))[1] - 1,
+        rows=patch_rows(found.get(names.position, ())),
         mlp=found.get(f"{names.block.format(0)}{names.fc1}.weight", ()),
         depth=depth_of(found, _BLOCK),
         heads=heads,

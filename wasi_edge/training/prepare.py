@@ -150,6 +150,9 @@ def choose_model(request: FinetuneRequest) -> ModelChoice:
         name, geometry, preprocessing = config.name, config.geometry, config.preprocessing
     else:
         config = None
+        if not any(folder.glob("*.safetensors")):
+            # reading one takes torch, whose memory is measured before it may be here
+            raise UsageError(f"{folder} holds no .safetensors: convert it first, wasi-edge convert {folder} OUT")
         with open_source(folder) as source:
             name, geometry, preprocessing = source.name, source.geometry, source.preprocessing
     if request.image_size is not None:
