@@ -3,7 +3,8 @@
 A state dict carries no configuration: sizes are read from the shapes. What shapes do not say: heads, known for the
 widths of ViT-Ti, S, B, L and H and refused for others, the epsilon of the norms (1e-6), and that the activation is GELU
 by erf. Most variants for which that is not so carry keys that are refused here (SwiGLU, normalised queries, a norm
-before the blocks, attention pooling); those that do not (SigLIP, giant) are refused by name, where a folder or file states it.
+before the blocks, attention pooling); those that do not (SigLIP, giant) are refused by name, where a folder or a file
+states it.
 
 `norm` after the blocks means that the class token is read, or tokens whose mean follows; `fc_norm` that the mean of the
 patches is normed. Where a network has no class row in its position table (DINOv2 with registers), the class token
