@@ -197,6 +197,8 @@ ZEROS = np.zeros((1, 4, D), np.float32)
         ("vit", {"intermediate_size": 20}, {}, r"intermediate.dense.weight has shape \(24, 12\)"),
         ("vit", {"image_size": 16}, {}, r"position_embeddings has shape \(1, 10, 12\)"),
         ("vit", {"image_size": [12, 16]}, {}, "square"),
+        ("vit", {"image_size": {"height": 12}}, {}, "square"),
+        ("vit", {"patch_size": [[4]]}, {}, "square"),
         ("vit", {"hidden_act": "quick_gelu"}, {}, "quick_gelu"),
         ("vit", {"hidden_size": "12"}, {}, "width"),
         ("vit", {"num_attention_heads": 5}, {}, "heads"),

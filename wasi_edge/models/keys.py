@@ -224,8 +224,9 @@ def refuse_activation(config: Mapping[str, Any]) -> None:
 def square(config: Mapping[str, Any], name: str) -> int:
     """One side out of 224 or [224, 224]. Raises ConversionError for anything else."""
     value = config[name]
-    sides = set(value) if isinstance(value, list) else {value}
-    if len(sides) != 1 or type(side := sides.pop()) is not int or side < 1:
+    sides = value if isinstance(value, list) else [value]
+    side = sides[0] if sides else None
+    if type(side) is not int or side < 1 or any(other != side for other in sides):
         raise ConversionError(f"config.json: {name} should be one whole number (a square), found {value!r}")
     return side
 
