@@ -78,7 +78,7 @@ class Contestant:
     def __init__(self, subject: Subject, entry: Entry, choices: Choices, batch: int, seed: int) -> None:
         self.entry, self.choices, self.batch = entry, choices, batch
         self._trainer = _build(subject, entry, choices, seed)
-        self._has_windows = subject.geometry.architecture == "swin"
+        self._has_windows = subject.geometry.has_windows
         generator = torch.Generator().manual_seed(seed)
         size = subject.image_size
         self._pixels = torch.randn(batch, 3, size, size, generator=generator)

@@ -86,4 +86,4 @@ def decode_allowance(geometry: Geometry, image_size: int, photos: int, budget_by
 def _stream_bytes(geometry: Geometry, image_size: int, photos: int) -> int:
     """Both streams of tokens in float16, and one of them a second time where it comes to another order."""
     largest = max(shape.tokens * shape.width for shape in geometry.block_shapes(image_size))
-    return (3 if geometry.architecture == "swin" else 2) * 2 * photos * largest
+    return (3 if geometry.has_windows else 2) * 2 * photos * largest

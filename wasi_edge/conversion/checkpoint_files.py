@@ -53,14 +53,11 @@ class PickledTensors:
         self._path = path
         loaded, self._is_mapped = _load(path)
         self._tensors: dict[str, Any] = {}
-        self._copied: set[str] = set()
         for key, value in _state_dict(loaded, path).items():
             name = key.removeprefix("module.")
             if name in self._tensors:
                 raise ConversionError(f"{path} holds the same tensor twice: {key} and {name}")
             self._tensors[name] = _plain(value, key, path)
-            if self._tensors[name].data_ptr() != value.data_ptr():
-                self._copied.add(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -79,9 +76,9 @@ class PickledTensors:
         tensor = self._tensors[name]
         if not tensor.is_floating_point():
             raise ConversionError(f"{self._path}: {name} holds {tensor.dtype} numbers; expected floating-point ones")
-        result = tensor.float().numpy().astype(np.float32, copy=True)
+        result = tensor.float().numpy().astype(np.float32, order="C", copy=True)
         # what is mapped and was written by nobody is what the file holds; of a file read as a whole nothing may go
-        if self._is_mapped and name not in self._copied:
+        if self._is_mapped and tensor.is_contiguous():
             drop_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
         return result
 
@@ -204,7 +201,7 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any, key: str, path: Path) -> Any:
-    """A tensor whose numbers lie one after another in its own storage. Raises ConversionError for any other: sizes that
+    """A tensor with as many numbers in its storage as its shape says. Raises ConversionError for any other: sizes that
     the storage does not have would let a small file ask for terabytes, and drop pages that belong to others."""
     import torch
 
@@ -212,10 +209,8 @@ def _plain(value: Any, key: str, path: Path) -> Any:
     if is_usual:
         value = value.detach()
         size, storage = value.element_size(), value.untyped_storage().nbytes()
-        if value.is_contiguous() and (value.storage_offset() + value.numel()) * size <= storage:
+        if (value.storage_offset() + value.numel()) * size <= storage:
             return value
-        if value.numel() * size <= storage:  # a transposed one
-            return value.contiguous().clone()
     raise ConversionError(f"{path}: {key} is no plain tensor with numbers of its own; save the state dict again")
 
 

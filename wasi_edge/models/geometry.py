@@ -78,6 +78,8 @@ class ViTGeometry:
     registers: int = 0
     pool_first: bool = False
     architecture: ClassVar[str] = "vit"
+    # whether tokens change their order between blocks
+    has_windows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in _SIZES:

@@ -44,6 +44,7 @@ class SwinGeometry:
     channels: int = 3
     norm_eps: float = 1e-5
     architecture: ClassVar[str] = "swin"
+    has_windows: ClassVar[bool] = True
     # what a head reads, in the words of ViTGeometry
     features: ClassVar[str] = "mean"
     queries: ClassVar[None] = None

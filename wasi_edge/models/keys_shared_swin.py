@@ -46,8 +46,6 @@ class SwinSpelling:
 class StateDict:
     """Swin in a layout without a configuration: what `foreign` asks of a layout's file."""
 
-    IMAGE_FAMILY = "swin"
-
     def __init__(self, name: str, spelling: SwinSpelling, canonical: Callable[[Mapping[str, Shape]], Any]) -> None:
         self.NAME, self._spelling, self._canonical = name, spelling, canonical
 

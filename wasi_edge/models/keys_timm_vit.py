@@ -22,7 +22,6 @@ from wasi_edge.models.geometry import ViTGeometry
 from wasi_edge.models.keys import Shape, Source, Spelling, depth_of, plan_vit
 
 NAME = "timm ViT"
-IMAGE_FAMILY = "vit"
 
 _IGNORED = re.compile(r"mask_token")
 _HEADS = {64: 1, 192: 3, 256: 4, 320: 5, 384: 6, 512: 8, 640: 10, 768: 12, 1024: 16, 1280: 16}

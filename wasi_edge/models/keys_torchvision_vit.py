@@ -14,7 +14,6 @@ from wasi_edge.models.keys import Shape, Source, Spelling, depth_of, plan_vit
 from wasi_edge.models.keys_timm_vit import patch_rows, vit_geometry
 
 NAME = "torchvision ViT"
-IMAGE_FAMILY = "vit"
 
 _BLOCK = r"encoder\.layers\.encoder_layer_(\d+)\."
 _NOTHING = re.compile(r"(?!)")

@@ -52,7 +52,7 @@ class Workload:
     @property
     def has_entries(self) -> bool:
         """Whether tokens change their order between blocks."""
-        return self.geometry.architecture == "swin"
+        return self.geometry.has_windows
 
     @cached_property
     def most_numbers(self) -> int:
