@@ -50,3 +50,13 @@ def autograd_gradients(geometry, tensors, image_size, pixels, dfeatures):
         features = model.features(pixels)
     features.backward(dfeatures)
     return features.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_autograd_agrees(geometry, tensors, model, image_size, pixels, dfeatures, keep):
+    """Features and every gradient of `model`, its basis complete, are those of autograd."""
+    features, actual = engine_gradients(model, pixels, dfeatures, keep)
+    expected_features, expected = autograd_gradients(geometry, tensors, image_size, pixels, dfeatures)
+    assert relative_error(features, expected_features) < 1e-12
+    assert set(actual) == set(expected)
+    for name, gradient in expected.items():
+        assert relative_error(actual[name], gradient) < 1e-10, name
