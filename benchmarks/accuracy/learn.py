@@ -92,7 +92,8 @@ def learn(
 ) -> dict[str, Any]:
     """Accuracies of the closed-form head and after every epoch, and the test accuracy of the best of them.
 
-    `seconds` of an epoch's entry: features, head and training up to its end, without validation. `watch` is called
+    `seconds` of an epoch's entry: features, head and training up to its end, without validation; a step counts as the
+    median of its epoch, so that a machine busy for a while does not. `watch` is called
     before the first epoch, as epoch 0, and after every one.
     """
     torch.set_grad_enabled(False)
@@ -126,19 +127,22 @@ def learn(
         tests.append(validate(built, parts["test"]).accuracy or 0.0)
 
     history = [{"epoch": 0, "val": first.accuracy, "val_loss": first.loss, "seconds": round(head_seconds, 1)}]
-    times: list[float] = []
+    steps, times = [0.0], [0.0]
     settings = LoopSettings(variant.epochs, variant.batch, variant.batch, seed, variant.epochs, None)
 
     def on_step(at: Progress) -> None:
+        steps.append(at.train_seconds)
         if at.epoch_step == 0:  # the last of an epoch
-            times.append(at.train_seconds)
-            watch(len(times), built)
+            taken = np.diff(steps)
+            times.append(times[-1] + float(np.median(taken)) * len(taken))
+            steps[:] = steps[-1:]
+            watch(len(times) - 1, built)
 
     hooks = Hooks(lambda: 0.0, lambda: False, on_best, lambda: None, on_step, lambda: 0)
     watch(0, built)
     if method is not Method.HEAD:
         train(built, parts["train"], parts["val"], settings, progress, _Quiet(), hooks)  # type: ignore[arg-type]
-    for entry, seconds in zip(progress.history, times, strict=True):
+    for entry, seconds in zip(progress.history, times[1:], strict=True):
         history.append(
             {
                 "epoch": entry["epoch"],
