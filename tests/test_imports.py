@@ -37,7 +37,7 @@ ONLY_FROM = {
 TORCH_FREE = (
     "planner", "data", "memory", "artefact", "tensorfile", "preprocess", "errors", "units", "chunks", "keep", "method",
     "metrics", "preprocessing", "report", "inference", "subspace.ranks", "models.geometry",
-    "models.geometry_swin", "models.keys", "models.keys_", "models.hub",
+    "models.geometry_swin", "models.keys", "models.keys_", "models.hub", "models.windows", "models.resample",
     "bench.synthetic",
 )  # fmt: skip
 TORCH_ALLOWED = ("inference.torch_backend",)

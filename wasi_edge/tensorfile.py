@@ -247,9 +247,17 @@ class TensorWriter:
                 out.write(chunk)
 
 
-def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a small file so that a reader, or a power cut, finds the old or the new content whole."""
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write to; a reader, or a power cut, finds the old or the new content of `path` whole. Raises
+    ArtefactError where the system refuses; whatever the block raises leaves `path` as it was."""
     with _explained(Path(path)), _replacing(Path(path)) as out:
+        yield out
+
+
+def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a small file at once, as `replacing` does."""
+    with replacing(path) as out:
         out.write(data)
 
 

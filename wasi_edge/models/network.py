@@ -22,7 +22,7 @@ from wasi_edge.layers.block import Block, SavedBlock
 from wasi_edge.layers.linear import PLAIN_KINDS, DenseLinear, Linear, LinearKinds
 from wasi_edge.layers.norm import LayerNorm, SavedNorm
 from wasi_edge.layers.saving import Pass
-from wasi_edge.models import swin, vit
+from wasi_edge.models import resample, swin, vit
 from wasi_edge.models.geometry_swin import Geometry, SwinGeometry
 from wasi_edge.models.parts import OnGradients
 from wasi_edge.models.swin import SwinStem
@@ -229,7 +229,5 @@ def build_block(
 
 
 def resampled(name: str, value: Tensor, geometry: Geometry, image_size: int) -> Tensor:
-    """The stored tensor `name` as a network at `image_size` holds it: position tables resampled, others as they are."""
-    if isinstance(geometry, SwinGeometry):
-        return swin.resample_bias(value, geometry.window_at(image_size)) if name.endswith("bias_table") else value
-    return vit.resample_position(value, geometry, image_size) if name == "position" else value
+    """`resample.resampled` of a torch tensor."""
+    return torch.from_numpy(resample.resampled(name, value.numpy(), geometry, image_size))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from wasi_edge.models.geometry_swin import SwinGeometry
-from wasi_edge.models.swin import relative_index, shift_mask
+from wasi_edge.models.windows import relative_index, shift_mask
 
 
 class VanillaWindowBias(nn.Module):
@@ -48,9 +48,9 @@ class VanillaSwinBlock(nn.Module):
         self.fc1 = nn.Linear(width, shape.mlp_width)
         self.fc2 = nn.Linear(shape.mlp_width, width)
         self.attention = VanillaWindowBias(self.window, shape.heads)
-        with torch.device("cpu"):  # also where parameters are only described
-            self._index = relative_index(self.window)
-            self._mask = shift_mask(self.grid, self.window, self.shift)
+        self._index = torch.from_numpy(relative_index(self.window))
+        mask = shift_mask(self.grid, self.window, self.shift)
+        self._mask = None if mask is None else torch.from_numpy(mask)
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
         """(B, N, D), or (B, 4 N, D / 2) where tokens are merged first -> (B, N, D)."""

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from wasi_edge.layers.attention import Attention
 from wasi_edge.layers.block import Block
@@ -19,6 +18,7 @@ from wasi_edge.layers.linear import PLAIN_KINDS, DenseLinear, LinearKinds
 from wasi_edge.layers.saving import Pass
 from wasi_edge.models.geometry import ViTGeometry
 from wasi_edge.models.parts import OnGradients, Parts, patches_of
+from wasi_edge.models.resample import resample_position
 
 
 class Stem:
@@ -91,7 +91,7 @@ def build_stem(geometry: ViTGeometry, read: Callable[[str], Tensor], image_size:
         geometry.patch_size,
         DenseLinear(read("patch_embed.weight"), read("patch_embed.bias")),
         read("class_token") if geometry.class_token else None,
-        resample_position(read("position"), geometry, image_size),
+        torch.from_numpy(resample_position(read("position").numpy(), geometry, image_size)),
         read("registers") if geometry.registers else None,
     )
 
@@ -117,16 +117,3 @@ def build_block(
         parts.linear("fc1"),
         parts.linear("fc2", scale2),
     )
-
-
-def resample_position(position: Tensor, geometry: ViTGeometry, image_size: int) -> Tensor:
-    """(g*g [+1], D) -> (N - R, D) at `image_size`, R registers having none: bicubic without antialiasing as Hugging
-    Face's ViT and DINOv2 do; returned as it is where the grid already fits. The class token's row is left alone."""
-    if position.shape[0] == geometry.tokens(image_size) - geometry.registers:
-        return position
-    first = 1 if geometry.class_token else 0
-    side, grid = image_size // geometry.patch_size, geometry.position_grid
-    patches = position[first:].reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, size=(side, side), mode="bicubic", align_corners=False)
-    patches = patches.permute(0, 2, 3, 1).reshape(side * side, -1)
-    return torch.cat((position[:first], patches)).contiguous()
