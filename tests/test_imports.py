@@ -35,9 +35,10 @@ ONLY_FROM = {
 }
 # No torch at any level. In `inference` everything but the torch backend, which others import late.
 TORCH_FREE = (
-    "planner", "data", "memory", "artefact", "tensorfile", "preprocess", "errors", "units", "chunks", "keep", "method",
+    "planner", "data", "memory", "artefact", "tensorfile", "atomic", "preprocess", "errors", "units", "chunks", "keep",
+    "method",
     "metrics", "preprocessing", "report", "inference", "subspace.ranks", "models.geometry",
-    "models.geometry_swin", "models.keys", "models.keys_", "models.hub", "models.windows", "models.resample",
+    "models.geometry_swin", "models.keys", "models.keys_", "models.hub", "models.windows", "models.resample", "export",
     "bench.synthetic",
 )  # fmt: skip
 TORCH_ALLOWED = ("inference.torch_backend",)

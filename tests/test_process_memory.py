@@ -191,7 +191,7 @@ def test_hardware_and_versions_are_plain_and_anonymous() -> None:
         "throttled",
     ]
     assert found["cores"] >= 1 and found["memory_bytes"] > 2**28
-    assert list(versions()) == ["python", "wasi-edge", "torch", "numpy", "pillow"]
+    assert list(versions()) == ["python", "wasi-edge", "torch", "numpy", "pillow", "onnx", "onnxruntime"]
 
 
 def test_nothing_heavy_is_imported_to_learn_a_version() -> None:

@@ -16,14 +16,9 @@ import safetensors.torch
 import torch
 
 from wasi_edge import tensorfile
+from wasi_edge.atomic import sweep_orphans, write_bytes_atomic, write_json_atomic
 from wasi_edge.errors import ArtefactError
-from wasi_edge.tensorfile import (
-    TensorFile,
-    TensorWriter,
-    sweep_orphans,
-    write_bytes_atomic,
-    write_json_atomic,
-)
+from wasi_edge.tensorfile import TensorFile, TensorWriter
 
 RNG = np.random.default_rng(0)
 TENSORS: dict[str, np.ndarray] = {

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,16 +22,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from wasi_edge.atomic import sweep_orphans, write_json_atomic
 from wasi_edge.errors import ArtefactError
 from wasi_edge.models.geometry_swin import Geometry, geometry_from_dict
 from wasi_edge.preprocessing import Preprocessing
-from wasi_edge.tensorfile import TensorFile, TensorWriter, sweep_orphans, write_json_atomic
+from wasi_edge.tensorfile import TensorFile, TensorWriter
 
 SCHEMA_VERSION = 1
 TENSORS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 DTYPES = ("float32", "float16")
 _CONFIG_LIMIT_BYTES = 10 * 2**20
+_FINGERPRINT_BYTES = 1024
 _MEANING = ("architecture", "geometry", "linears", "dtype", "preprocessing", "id2label")
 _FOREIGN = ("model_type", "architectures", "architecture")
 _REQUIRED = ("name", "architecture", "geometry", "linears", "dtype", "preprocessing")
@@ -163,6 +166,23 @@ class Artefact:
     def close(self) -> None:
         """Close the tensor file."""
         self.tensors.close()
+
+
+def fingerprint(artefact: Artefact) -> str:
+    """A short text that changes with the weights and what they mean, whatever the dtype they are stored in or where.
+
+    Training moves every tensor, so the first values of each tell: reading all of them would take seconds on a Pi.
+    """
+    import hashlib
+
+    config = artefact.config.to_dict()
+    digest = hashlib.sha256(json.dumps({key: config[key] for key in _MEANING}, sort_keys=True).encode())
+    for name in sorted(artefact.tensors):
+        shape = artefact.tensors.shape(name)
+        row_bytes = math.prod(shape[1:]) * artefact.tensors.dtype(name).itemsize
+        rows = min(shape[0], 1 + _FINGERPRINT_BYTES // max(1, row_bytes)) if shape else 0
+        digest.update(name.encode() + artefact.tensors.read_rows(name, 0, rows).tobytes()[:_FINGERPRINT_BYTES])
+    return digest.hexdigest()[:32]
 
 
 def is_artefact(folder: str | Path) -> bool:

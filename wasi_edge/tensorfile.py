@@ -1,4 +1,4 @@
-"""Safetensors files, read by `pread` and written as a stream, and atomic small files. No torch.
+"""Safetensors files, read by `pread` and written as a stream. No torch.
 
 A safetensors file is an 8-byte little-endian length, a JSON header {name: {dtype, shape,
 data_offsets}} and the tensors' bytes, one after another. Files made here are read by the
@@ -16,11 +16,9 @@ no dtype, are refused. Like the official reader we want the tensors to cover the
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
-import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
+from wasi_edge.atomic import create, explained, replacing, scratch
 from wasi_edge.errors import ArtefactError
 
 Array = np.ndarray[Any, Any]
@@ -46,7 +45,6 @@ _STORED: dict[str, np.dtype[Any]] = {
 _WIDENED: dict[str, np.dtype[Any]] = {"BF16": np.dtype(np.float32), "BOOL": np.dtype(np.bool_)}
 _CODES = {dtype: code for code, dtype in _STORED.items() if code not in _WIDENED}
 _CODES[np.dtype(np.bool_)] = "BOOL"
-_ORPHAN = re.compile(r"\..+\.(\d+)(\.data)?\.tmp")
 
 
 class _Entry(NamedTuple):
@@ -194,13 +192,14 @@ class TensorWriter:
         self.path = Path(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-        self._data_path = _temporary(self.path, ".data")
+        self._scratch = contextlib.ExitStack()
+        self._data_path = self._scratch.enter_context(scratch(self.path, ".data"))
         self._data: BinaryIO | None = None
         self._length = 0
 
     def __enter__(self) -> TensorWriter:
-        with _explained(self.path):
-            self._data = _create(self._data_path)
+        with explained(self.path):
+            self._data = create(self._data_path)
         return self
 
     def add(self, name: str, array: Array) -> None:
@@ -217,7 +216,7 @@ class TensorWriter:
         if dtype not in _CODES:
             raise ValueError(f"tensor {name!r}: dtype {array.dtype} has no place in a safetensors file")
         flat = np.asarray(array, dtype=dtype, order="C").reshape(-1)
-        with _explained(self.path):
+        with explained(self.path):
             self._data.write(flat.view(np.uint8).data)
         offsets = [self._length, self._length + flat.nbytes]
         self._header[name] = {"dtype": _CODES[dtype], "shape": list(array.shape), "data_offsets": offsets}
@@ -227,60 +226,23 @@ class TensorWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         data, self._data = self._data, None
         try:
-            with _explained(self.path):
+            with explained(self.path):
                 if data is not None:
                     data.close()
                 if kind is None:
                     self._commit()
         finally:
-            with contextlib.suppress(OSError):
-                self._data_path.unlink(missing_ok=True)
+            self._scratch.close()
 
     def _commit(self) -> None:
         header = json.dumps(self._header, ensure_ascii=False, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)  # the data starts 8-byte aligned, as the format advises
         if len(header) > HEADER_LIMIT_BYTES:
             raise ValueError(f"header of {len(header)} bytes, the limit is {HEADER_LIMIT_BYTES}")
-        with _replacing(self.path) as out, open(self._data_path, "rb") as data:
+        with replacing(self.path) as out, open(self._data_path, "rb") as data:
             out.write(len(header).to_bytes(8, "little") + header)
             while chunk := data.read(CHUNK_BYTES):
                 out.write(chunk)
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write to; a reader, or a power cut, finds the old or the new content of `path` whole. Raises
-    ArtefactError where the system refuses; whatever the block raises leaves `path` as it was."""
-    with _explained(Path(path)), _replacing(Path(path)) as out:
-        yield out
-
-
-def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a small file at once, as `replacing` does."""
-    with replacing(path) as out:
-        out.write(data)
-
-
-def write_json_atomic(path: str | os.PathLike[str], value: object) -> None:
-    """`write_bytes_atomic` of indented UTF-8 JSON. Raises ValueError on NaN or infinity: not JSON."""
-    text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False)
-    write_bytes_atomic(path, text.encode() + b"\n")
-
-
-def sweep_orphans(folder: str | os.PathLike[str]) -> list[Path]:
-    """Remove the temporary files that dead processes left in `folder`; returns what was removed.
-
-    A process id may have been given to another program since; such a file stays.
-    """
-    removed = []
-    folder = Path(folder)
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        match = _ORPHAN.fullmatch(path.name)
-        if match and not _is_alive(int(match[1])):
-            with contextlib.suppress(OSError):
-                path.unlink()
-                removed.append(path)
-    return removed
 
 
 def _read_header(fd: int, path: Path, size: int) -> tuple[int, dict[str, Any]]:
@@ -355,53 +317,3 @@ def _are_sizes(value: Any) -> bool:
     # type() and not isinstance: True is an int. The product, zeros aside, is bounded for numpy.
     ok = isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
     return ok and math.prod(item for item in value if item) < 2**60
-
-
-def _temporary(path: Path, suffix: str = "") -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}{suffix}.tmp")
-
-
-def _create(path: Path) -> BinaryIO:
-    """A new empty file of mode 0644 less the umask, in place of a leftover of the same name."""
-    path.unlink(missing_ok=True)
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), "wb")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file that becomes `path`, on disk for good, when the block ends without an error."""
-    temporary = _temporary(path)
-    try:
-        with _create(temporary) as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into a sentence with a remedy."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space or write to another folder" if full else "choose a folder you may write to"
-        raise ArtefactError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (OSError, OverflowError) as error:  # it may be somebody else's; or no process id at all
-        return not isinstance(error, ProcessLookupError)
-    return True

@@ -22,6 +22,7 @@ from wasi_edge.cli import console
 from wasi_edge.cli.bench import bench
 from wasi_edge.cli.convert import convert
 from wasi_edge.cli.evaluate import evaluate
+from wasi_edge.cli.export import export
 from wasi_edge.cli.finetune import finetune
 from wasi_edge.cli.info import info
 from wasi_edge.cli.predict import predict
@@ -40,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for _command in (finetune, predict, evaluate, convert, info, bench):
+for _command in (finetune, predict, evaluate, export, convert, info, bench):
     app.command()(_command)
 
 

@@ -59,6 +59,7 @@ def bench(
     from wasi_edge.memory.malloc import settle_threads
 
     threads = settle_threads(threads)  # the allocator is left as everybody has it
+    from wasi_edge.atomic import write_json_atomic
     from wasi_edge.bench.contestant import parse_methods
     from wasi_edge.bench.run import BenchRequest
     from wasi_edge.bench.run import bench as measure
@@ -66,7 +67,6 @@ def bench(
     from wasi_edge.report.bench_html import render_bench_report
     from wasi_edge.report.bench_table import bench_sentences, bench_table
     from wasi_edge.report.html import write_report
-    from wasi_edge.tensorfile import write_json_atomic
 
     request = BenchRequest(
         model=model,

@@ -21,9 +21,9 @@ def evaluate(
     """Measure MODEL on a folder of sorted photos."""
     console.prepare_torch(threads)
     from wasi_edge.inference.evaluate import evaluate_folder
-    from wasi_edge.models.locate import resolve_model
+    from wasi_edge.models.locate import resolve_classifier
 
-    classifier = open_classifier(resolve_model(model), backend)
+    classifier = open_classifier(resolve_classifier(model), backend, threads)
     with console.progress_bar("photos") as progress:
         result = evaluate_folder(classifier, photos, on_progress=progress, on_message=console.say)
     if as_json:

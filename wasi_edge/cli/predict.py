@@ -50,9 +50,9 @@ def predict(
     require("--threshold", threshold, 0 <= threshold <= 1, "between 0 and 1")
     console.prepare_torch(threads)
     from wasi_edge.inference.predict import iter_photos, predict_paths
-    from wasi_edge.models.locate import resolve_model
+    from wasi_edge.models.locate import resolve_classifier
 
-    classifier = open_classifier(resolve_model(model), backend)
+    classifier = open_classifier(resolve_classifier(model), backend, threads)
     top_k = min(top_k, len(classifier.labels))
     with console.progress_bar("photos", shown=not sys.stdout.isatty()) as progress:
         photos = iter_photos(paths, exclude=sort_into)

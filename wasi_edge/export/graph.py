@@ -18,8 +18,8 @@ from onnx import TensorProto, helper
 
 from wasi_edge.errors import ArtefactError
 
-# understood since ONNX Runtime 1.13 (2022); the antialiased Resize needs the one after
-OPSET, OPSET_WITH_RESIZE = 17, 18
+# the first with an antialiased Resize; ONNX Runtime understands it since 1.14 (February 2023)
+OPSET = 18
 _IR_VERSION = 8
 _LARGEST_BYTES = 2**31 - 1
 # (field number << 3 | wire type 2) of what is written by hand
@@ -87,9 +87,9 @@ class Graph:
         return name
 
 
-def write_model(file: BinaryIO, graph: Graph, opset: int, metadata: Mapping[str, str]) -> None:
+def write_model(file: BinaryIO, graph: Graph, metadata: Mapping[str, str]) -> None:
     """Write `graph` as one ONNX file. ArtefactError where it is larger than the format allows (2 GB)."""
-    model = _skeleton(graph, opset, metadata)
+    model = _skeleton(graph, metadata)
     body = model.graph.SerializeToString()
     model.ClearField("graph")
     heads = {name: _tensor_head(name, constant) for name, constant in graph.constants.items()}
@@ -105,10 +105,10 @@ def write_model(file: BinaryIO, graph: Graph, opset: int, metadata: Mapping[str,
         file.write(np.ascontiguousarray(_loaded(name, constant)).data)
 
 
-def outline(graph: Graph, opset: int) -> onnx.ModelProto:
+def outline(graph: Graph) -> onnx.ModelProto:
     """The same model with weights as inputs of known shape, for checkers that would hold them several times; what is
     no float32 is what shapes depend on, and stays."""
-    model = _skeleton(graph, opset, {})
+    model = _skeleton(graph, {})
     for name, constant in graph.constants.items():
         if constant.dtype == np.float32:
             kind = helper.make_tensor_value_info(name, TensorProto.FLOAT, constant.shape)
@@ -118,12 +118,12 @@ def outline(graph: Graph, opset: int) -> onnx.ModelProto:
     return model
 
 
-def _skeleton(graph: Graph, opset: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
+def _skeleton(graph: Graph, metadata: Mapping[str, str]) -> onnx.ModelProto:
     from wasi_edge import __version__
 
     model = helper.make_model(
         helper.make_graph(graph.nodes, "wasi-edge", graph.inputs, graph.outputs),
-        opset_imports=[helper.make_opsetid("", opset)],
+        opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=_IR_VERSION,
         producer_name="wasi-edge",
         producer_version=__version__,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -41,9 +42,14 @@ def add_network(
     image_size: int,
     num_classes: int,
     pixels: str,
+    divisors: Mapping[str, np.ndarray] | None = None,
 ) -> str:
-    """Add the network to `graph`; returns the name of its logits."""
-    build = _Builder(graph, geometry, ranks, tensors, image_size)
+    """Add the network to `graph`; returns the name of its logits.
+
+    `divisors` maps factored linears to one number a channel between their factors, (K,): what the right factor gives is
+    divided by them and the left one multiplied, which changes nothing but how well both can be rounded to eight bits.
+    """
+    build = _Builder(graph, geometry, ranks, tensors, image_size, divisors or {})
     x = build.stem(pixels)
     for index, shape in enumerate(geometry.block_shapes(image_size)):
         x = build.block(index, shape, x)
@@ -53,12 +59,28 @@ def add_network(
     return graph.op("Add", "logits", x, build.weight("head.bias", (num_classes,)))
 
 
+def between_factors(ranks: Mapping[str, int | None]) -> dict[str, str]:
+    """Of every factored linear, the name of the value between its two products."""
+    return {linear: f"{linear}.right.product" for linear, rank in ranks.items() if rank is not None}
+
+
+def _times_rows(weight: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
+    """(I, O), row i times `factors[i]`."""
+    return weight if factors is None else weight * factors[:, None]
+
+
 class _Builder:
     def __init__(
-        self, graph: Graph, geometry: Geometry, ranks: Mapping[str, int | None], tensors: Tensors, image_size: int
+        self,
+        graph: Graph,
+        geometry: Geometry,
+        ranks: Mapping[str, int | None],
+        tensors: Tensors,
+        image_size: int,
+        divisors: Mapping[str, np.ndarray],
     ) -> None:
         self._graph, self._geometry, self._ranks = graph, geometry, ranks
-        self._tensors, self._size = tensors, image_size
+        self._tensors, self._size, self._divisors = tensors, image_size, divisors
 
     # ---- what comes before and after the blocks ------------------------------------------------
 
@@ -111,7 +133,8 @@ class _Builder:
 
     def _mean(self, x: str) -> str:
         patches = self._tokens("features.patches", x, self._geometry.leading_tokens, 2**31)
-        return self._graph.op("ReduceMean", "features.mean", patches, axes=[1], keepdims=0)
+        axis = self._graph.constant("features.axis", [1], np.int64)
+        return self._graph.op("ReduceMean", "features.mean", patches, axis, keepdims=0)
 
     # ---- blocks --------------------------------------------------------------------------------
 
@@ -202,6 +225,7 @@ class _Builder:
         if rank is not None:
             x = op("MatMul", f"{linear}.right.product", x, self._right(linear, width, rank))
             inner, matrix = rank, f"{linear}.left"
+        divisors = self._divisors.get(linear)
         found = []
         for number, key in enumerate("qkv"):
             scale = np.float32((width // shape.heads) ** -0.5 if key == "q" else 1.0)
@@ -209,10 +233,11 @@ class _Builder:
             def rows(tensor: str, number: int = number, scale: np.float32 = scale) -> np.ndarray:
                 return self._tensors.read_rows(tensor, number * width, (number + 1) * width, np.float32) * scale
 
-            weight = self._graph.weight(
-                f"{matrix}.{key}", (inner, width), lambda rows=rows, matrix=matrix: np.ascontiguousarray(rows(matrix).T)
-            )
-            bias = self._graph.weight(f"{linear}.bias.{key}", (width,), lambda rows=rows: rows(f"{linear}.bias"))
+            def values(rows: Callable[[str], np.ndarray] = rows) -> np.ndarray:
+                return _times_rows(rows(matrix).T, divisors)
+
+            weight = self._graph.weight(f"{matrix}.{key}", (inner, width), values)
+            bias = self._graph.weight(f"{linear}.bias.{key}", (width,), partial(rows, f"{linear}.bias"))
             source = self._tokens(f"{name}.asking", x, 0, asking) if key == "q" and asking is not None else x
             product = op("MatMul", f"{linear}.{key}.product", source, weight)
             found.append(op("Add", f"{linear}.{key}", product, bias))
@@ -230,17 +255,19 @@ class _Builder:
             factor = self._tensors.read(key, np.float32)
             return value * (factor[:, None] if value.ndim == 2 else factor)
 
+        divisors = self._divisors.get(name)
         if rank is None:
             weight = self.weight(f"{name}.weight", (inner, out), lambda w: scaled(w).T)
         else:
             x = op("MatMul", f"{name}.right.product", x, self._right(name, inner, rank))
-            weight = self.weight(f"{name}.left", (rank, out), lambda w: scaled(w).T)
+            weight = self.weight(f"{name}.left", (rank, out), lambda w: _times_rows(scaled(w).T, divisors))
         if not has_bias:
             return op("MatMul", name, x, weight)
         return op("Add", name, op("MatMul", f"{name}.product", x, weight), self.weight(f"{name}.bias", (out,), scaled))
 
     def _right(self, name: str, inner: int, rank: int) -> str:
-        return self.weight(f"{name}.right", (inner, rank), lambda w: w.T)
+        divisors = self._divisors.get(name)
+        return self.weight(f"{name}.right", (inner, rank), lambda w: w.T if divisors is None else w.T / divisors)
 
     def _gelu(self, name: str, x: str) -> str:
         """x / 2 (1 + erf(x / sqrt 2))."""

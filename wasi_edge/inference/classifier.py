@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import enum
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from wasi_edge.errors import UsageError
+from wasi_edge.errors import ArtefactError, UsageError
+from wasi_edge.inference.onnx_metadata import ONNX_NAME
 from wasi_edge.preprocessing import Preprocessing
 
 if TYPE_CHECKING:  # the command line reads `Backend` at every start, and needs neither numpy nor Pillow for it
     import numpy as np
+
+    from wasi_edge.inference.onnx_backend import OnnxClassifier
 
 
 class Classifier(Protocol):
@@ -19,8 +23,11 @@ class Classifier(Protocol):
     labels: list[str]
     preprocessing: Preprocessing
 
-    def probabilities(self, batch: np.ndarray) -> np.ndarray:
+    def logits(self, batch: np.ndarray) -> np.ndarray:
         """uint8 (B, S, S, 3) -> float32 (B, C)."""
+
+    def probabilities(self, batch: np.ndarray) -> np.ndarray:
+        """uint8 (B, S, S, 3) -> float32 (B, C), rows sum to 1."""
 
 
 class Backend(enum.StrEnum):
@@ -31,13 +38,42 @@ class Backend(enum.StrEnum):
     TORCH = "torch"
 
 
-def open_classifier(folder: Path, backend: Backend = Backend.AUTO) -> Classifier:
-    """The model in `folder`. UsageError for a backend that is not there, ArtefactError for a bad model."""
-    if backend is Backend.ONNX:
-        raise UsageError(
-            "--backend onnx needs a model.onnx, which comes with `wasi-edge export` in a later version; "
-            "leave --backend away or write --backend torch"
-        )
+def open_classifier(model: Path, backend: Backend = Backend.AUTO, threads: int | None = None) -> Classifier:
+    """The model in a folder, or in an exported file. `auto` takes ONNX Runtime where it is installed and the folder's
+    `model.onnx` is of the weights beside it, else torch.
+
+    UsageError for a backend that is not there, ArtefactError for a bad model.
+    """
+    if model.is_file():
+        if backend is Backend.TORCH:
+            raise UsageError(f"{model} is an exported file, which torch cannot run: name the run that it was made from")
+        return _open_onnx(model, threads)
+    path = model / ONNX_NAME
+    if backend is Backend.ONNX and not path.is_file():
+        raise UsageError(f"{model} has no {ONNX_NAME}; make it: wasi-edge export {model} {path}")
+    has_runtime = importlib.util.find_spec("onnxruntime") is not None
+    if backend is Backend.ONNX or (backend is Backend.AUTO and has_runtime and path.is_file()):
+        found = _open_onnx(path, threads)
+        if found.metadata.weights == _fingerprint(model):
+            return found
+        if backend is Backend.ONNX:
+            raise ArtefactError(
+                f"{path} is of other weights than those beside it; make it again: wasi-edge export {model} {path}"
+            )
     from wasi_edge.inference.torch_backend import TorchClassifier
 
-    return TorchClassifier(folder)
+    return TorchClassifier(model)
+
+
+def _open_onnx(path: Path, threads: int | None) -> OnnxClassifier:
+    from wasi_edge.inference.onnx_backend import OnnxClassifier
+    from wasi_edge.memory.malloc import count_threads
+
+    return OnnxClassifier(path, count_threads(threads))
+
+
+def _fingerprint(folder: Path) -> str:
+    from wasi_edge.artefact import fingerprint, open_artefact
+
+    with open_artefact(folder) as artefact:
+        return fingerprint(artefact)

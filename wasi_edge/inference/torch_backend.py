@@ -46,9 +46,14 @@ class TorchClassifier:
             )
         self._run = Pass()
 
-    @torch.no_grad()
+    def logits(self, batch: np.ndarray) -> np.ndarray:
+        """uint8 (B, S, S, 3) -> float32 (B, C)."""
+        return self._logits(batch).numpy()
+
     def probabilities(self, batch: np.ndarray) -> np.ndarray:
         """uint8 (B, S, S, 3) -> float32 (B, C), rows sum to 1."""
-        pixels = torch.from_numpy(normalise(batch, self.preprocessing))
-        logits = self._network.logits(pixels, self._run)
-        return torch.softmax(logits, dim=1).numpy()
+        return torch.softmax(self._logits(batch), dim=1).numpy()
+
+    @torch.no_grad()
+    def _logits(self, batch: np.ndarray) -> Tensor:
+        return self._network.logits(torch.from_numpy(normalise(batch, self.preprocessing)), self._run)

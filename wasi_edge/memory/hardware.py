@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 SYSTEM = Path("/sys")
-_PACKAGES = ("wasi-edge", "torch", "numpy", "pillow")
+_PACKAGES = ("wasi-edge", "torch", "numpy", "pillow", "onnx", "onnxruntime")
 _CPU_SENSORS = ("cpu-thermal", "cpu_thermal", "soc-thermal", "x86_pkg_temp")
 _ARM_PARTS = {
     "0xd03": "Cortex-A53", "0xd05": "Cortex-A55", "0xd07": "Cortex-A57", "0xd08": "Cortex-A72",
     "0xd0b": "Cortex-A76", "0xd0c": "Neoverse-N1", "0xd40": "Neoverse-V1", "0xd49": "Neoverse-N2",
 }  # fmt: skip
+# of the CPU's flags, those that multiply integers in one step; the others, from best to worst
+_INTEGER_FLAGS = {"avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX VNNI", "i8mm": "i8mm", "asimddp": "dot product",
+                  "avx2": "AVX2, without VNNI", "asimd": "NEON, without dot product"}  # fmt: skip
 _THROTTLE_BITS = ("under-voltage", "frequency capped", "throttled", "soft temperature limit")
 
 
@@ -40,6 +43,14 @@ def hardware(proc: Path = Path("/proc"), system: Path = SYSTEM) -> dict[str, Any
         "temperature_celsius": temperature_celsius(system),
         "throttled": throttled(),
     }
+
+
+def integer_instructions(proc: Path = Path("/proc")) -> str | None:
+    """The best that the CPU has for products of 8-bit integers; None where it does not say."""
+    text = _read_text(proc / "cpuinfo") or ""
+    line = next((line for line in text.splitlines() if line.lower().startswith(("flags", "features"))), "")
+    flags = set(line.partition(":")[2].split())
+    return next((name for flag, name in _INTEGER_FLAGS.items() if flag in flags), None)
 
 
 def versions() -> dict[str, str | None]:

@@ -70,6 +70,13 @@ def release_free_memory() -> bool:
     return libc is not None and libc.malloc_trim(0) == 1
 
 
+def count_threads(threads: int | None = None) -> int:
+    """How many threads compute: those asked for, else OMP_NUM_THREADS, else the physical cores. UsageError below 1."""
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads cannot compute anything; the least is 1")
+    return threads or _threads_in_environment() or physical_cores()
+
+
 def settle_threads(threads: int | None = None) -> int:
     """Fixes how many threads torch's libraries will use, and returns it.
 
@@ -79,9 +86,7 @@ def settle_threads(threads: int | None = None) -> int:
     """
     if "torch" in sys.modules:
         raise RuntimeError("settle_threads must be called before torch is imported")
-    if threads is not None and threads < 1:
-        raise UsageError(f"{threads} threads cannot compute anything; the least is 1")
-    count = threads or _threads_in_environment() or physical_cores()
+    count = count_threads(threads)
     for variable in _THREAD_VARIABLES:
         os.environ[variable] = str(count)
     return count

@@ -23,6 +23,12 @@ def resolve_source(name: str) -> Path:
     return path if path.is_file() else resolve_model(name)
 
 
+def resolve_classifier(name: str) -> Path:
+    """The folder of a model, or an exported file. Raises ArtefactError where there is none."""
+    path = Path(name)
+    return path if path.suffix.lower() == ".onnx" and path.is_file() else resolve_model(name)
+
+
 def resolve_model(name: str) -> Path:
     """The folder of the model `name`. Raises ArtefactError where there is none.
 

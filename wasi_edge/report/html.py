@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from wasi_edge.atomic import sync_folder
 from wasi_edge.report import svg
 from wasi_edge.report import terminal as words
 from wasi_edge.report.page import document, folded, glued, mapping, section, table
@@ -90,11 +91,7 @@ def write_report(path: str | os.PathLike[str], html: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(target.parent)
 
 
 # ---- sections: each a string, empty where the report has nothing for it ------------------------

@@ -331,6 +331,24 @@ def evaluation_table(result: Mapping[str, Any]) -> RenderableType:
     return Group(Text(text, style="bold"), table)
 
 
+def export_table(result: Mapping[str, Any]) -> RenderableType:
+    """What `wasi-edge export` wrote and measured."""
+    rows = [("file", f"{printable(result['out'])}, {format_size(result['file_bytes'])}, opset {result['opset']}")]
+    if (difference := finite(result.get("logit_difference"))) is not None:
+        rows.append(("difference to torch", f"{difference:.1e} of the largest answer, by {result['compared_by']}"))
+    elif reason := result.get("not_compared"):
+        rows.append(("difference to torch", f"not measured: {reason}"))
+    if int8 := result.get("int8"):
+        photos = counted(int8["num_val_images"], "held-out photo")
+        before, after = percent(int8["accuracy_before"]), percent(int8["accuracy_after"])
+        rows.append(("accuracy", f"{before} in 32 bits, {after} in 8, on {photos}"))
+        faster = int8["ms_before"] / int8["ms_after"]
+        rows.append(("a photo", f"{int8['ms_before']:g} ms in 32 bits, {int8['ms_after']:g} in 8: {faster:.2f} times"))
+        rows.append(("this CPU has", str(int8["cpu"] or "no integer instructions that it names")))
+    rows.append(("peak memory", format_size(result["peak_rss_bytes"])))
+    return _pairs(rows)
+
+
 def info_table(info: Mapping[str, Any]) -> RenderableType:
     """Any dictionary as labels and figures."""
     return _pairs(figures(info))

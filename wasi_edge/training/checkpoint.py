@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wasi_edge.atomic import sweep_orphans, write_json_atomic
 from wasi_edge.errors import WasiEdgeError
-from wasi_edge.tensorfile import TensorFile, TensorWriter, sweep_orphans, write_json_atomic
+from wasi_edge.tensorfile import TensorFile, TensorWriter
 from wasi_edge.units import format_size
 
 _STATE, _MANIFEST = "state.safetensors", "manifest.json"

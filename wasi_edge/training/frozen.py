@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wasi_edge.atomic import write_json_atomic
 from wasi_edge.errors import WasiEdgeError
 from wasi_edge.layers.saving import Pass
 from wasi_edge.models.network import VisionTransformer
 from wasi_edge.planner.memory import token_bytes
-from wasi_edge.tensorfile import write_json_atomic
 from wasi_edge.training.photos import PhotoSet
 from wasi_edge.training.resume import read_json
 

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wasi_edge.atomic import write_bytes_atomic, write_json_atomic
 from wasi_edge.metrics import confusion_matrix, scores
 from wasi_edge.report.html import ReportPhoto, render_finetune_report, write_report
-from wasi_edge.tensorfile import TensorFile, TensorWriter, write_bytes_atomic, write_json_atomic
+from wasi_edge.tensorfile import TensorFile, TensorWriter
 from wasi_edge.training.head import FeatureStatistics, merge_statistics
 from wasi_edge.training.loop import Validation
 from wasi_edge.training.photos import PhotoSet

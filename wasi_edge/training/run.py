@@ -13,12 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from wasi_edge.atomic import write_json_atomic
 from wasi_edge.data.cache import PhotoCache, build_cache
 from wasi_edge.data.folder import require_classes
 from wasi_edge.errors import Interrupted, NoUsableData
 from wasi_edge.memory.malloc import tune_malloc
 from wasi_edge.memory.process import MemoryWatch, read_memory
-from wasi_edge.tensorfile import write_json_atomic
+from wasi_edge.training.onnx_result import add_onnx
 from wasi_edge.training.prepare import Prepared, prepare
 from wasi_edge.training.report_keys import base_report
 from wasi_edge.training.request import Events, FinetuneRequest
@@ -61,7 +62,9 @@ def finetune(request: FinetuneRequest, events: Events) -> dict[str, Any]:
                 from wasi_edge.training.session import Session
 
                 session = Session(prepared, cache, work_folder, events, signals, watch, began)
-                return session.run()
+                report, sample = session.run(), session.sample
+                del session  # and with it what torch holds
+            return report if sample is None else add_onnx(report, request.out, sample, watch, events)
         except Interrupted as stopped:
             events.message(str(stopped))
             return {**base_report(prepared, "interrupted", watch), "error": str(stopped)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,16 @@ import torch
 from torch import Tensor
 
 from wasi_edge.artefact import read_config
+from wasi_edge.atomic import write_json_atomic
 from wasi_edge.chunks import EVALUATION_BATCH
 from wasi_edge.data.augment import class_weights
 from wasi_edge.data.cache import PhotoCache
-from wasi_edge.data.split import near_duplicate_groups, split
 from wasi_edge.errors import Interrupted, NoUsableData, WasiEdgeError
+from wasi_edge.export.photos import Photo, write_run_photos
 from wasi_edge.memory.libraries import release_library_pages
 from wasi_edge.memory.malloc import release_free_memory, reuse_freed_memory, tune_malloc
 from wasi_edge.memory.process import MemoryWatch
 from wasi_edge.method import Method
-from wasi_edge.tensorfile import write_json_atomic
 from wasi_edge.training import defaults, result, setup
 from wasi_edge.training.checkpoint import Checkpoint, drop_checkpoints, latest_checkpoint, save_checkpoint
 from wasi_edge.training.cooling import Cooler
@@ -31,16 +30,20 @@ from wasi_edge.training.frozen import TokenFile, cache_tokens, count_passes, ide
 from wasi_edge.training.guard import MemoryGuard
 from wasi_edge.training.head import FeatureStatistics, Head, fit_head
 from wasi_edge.training.loop import Hooks, LoopSettings, Progress, Validation, note_epoch, train, validate
-from wasi_edge.training.photos import PhotoSet
+from wasi_edge.training.onnx_result import Sample
+from wasi_edge.training.photos import PhotoSet, split_photos
 from wasi_edge.training.prepare import Prepared, with_ranks
 from wasi_edge.training.report_keys import base_report
 from wasi_edge.training.request import Events
 from wasi_edge.training.signals import StopSignals
 from wasi_edge.training.trainer import Trainer
 
+# of which the exported model is asked too
+_SAMPLE_PHOTOS = 4
+
 
 class Session:
-    """One run from decoded photos to the result."""
+    """One run from decoded photos to the result; `sample` is what its network answers, once it has finished."""
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class Session:
         self._before: dict[str, Any] | None = None
         self._saved_at: float | None = None
         self._unsaved = False
+        self.sample: Sample | None = None
         self._resumed_from: int | None = None
         self._config = setup.artefact_config(prepared, self._training_record())
 
@@ -179,10 +183,24 @@ class Session:
         if self._prepared.model.is_run:
             report["continued_from"] = self._continuation(validation)
         result.write_reports(report, photos, self._out)
+        self.sample = self._sample(trainer)
+        write_run_photos(
+            self._out, self._prepared.request.photos, *map(self._photos_of, (self._photos, self._held_out))
+        )
         if status != "time_limit":
             drop_checkpoints(self._work_folder)
             self._remove_inputs()
         return report
+
+    def _sample(self, trainer: Trainer) -> Sample:
+        """A few photos and what the network answers to them."""
+        photos = self._held_out if len(self._held_out) else self._photos
+        chosen = range(min(_SAMPLE_PHOTOS, photos.batch, len(photos)))
+        return Sample(photos.views(chosen), trainer.logits(photos.inputs(chosen)).numpy().copy())
+
+    def _photos_of(self, photos: PhotoSet) -> list[Photo]:
+        paths, labels = self._cache.paths, self._cache.labels
+        return [Photo(paths[int(i)], labels[int(i)]) for i in photos.indices]
 
     def _report(self, status: str, progress: Progress) -> dict[str, Any]:
         history = progress.history
@@ -371,17 +389,3 @@ class Session:
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._began
-
-
-def split_photos(prepared: Prepared, cache: PhotoCache, earlier_hashes: set[int]) -> tuple[list[int], list[int]]:
-    """Indices of training and validation photos: stratified, bursts and earlier training photos on one side."""
-    groups = near_duplicate_groups(cache.hashes, cache.labels)
-    train, val = split(cache.labels, groups, cache.parts, prepared.request.val_split, prepared.request.seed)
-    if any(part == "val" for part in cache.parts):
-        return [int(i) for i in train], [int(i) for i in val]
-    known = {groups[i] for i in range(len(cache)) if cache.hashes[i] in earlier_hashes}
-    moved = [int(i) for i in val if groups[i] in known]
-    kept = Counter(cache.labels[int(i)] for i in val if groups[i] not in known)
-    # a class whose held-out photos were all trained on before keeps them: a flattered figure beats none
-    moved = [i for i in moved if kept[cache.labels[i]] > 0]
-    return sorted([int(i) for i in train] + moved), [int(i) for i in val if int(i) not in set(moved)]
