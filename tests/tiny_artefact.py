@@ -8,6 +8,7 @@ import numpy as np
 from models import TINY, random_tensors
 
 from wasi_edge.artefact import ModelConfig, write_artefact
+from wasi_edge.models.geometry_swin import Geometry
 from wasi_edge.preprocessing import Preprocessing
 
 LABELS = ("cat", "dog", "grün")
@@ -20,17 +21,19 @@ def write_tiny(
     labels: tuple[str, ...] | None = LABELS,
     epsilon: float | None = None,
     seed: int = 0,
+    geometry: Geometry = TINY,
+    preprocessing: Preprocessing | None = None,
 ) -> Path:
     """Write the model; `rank` None stores dense linears, `labels` None leaves the classifier away."""
     classes = None if labels is None else len(labels)
-    ranks, tensors = random_tensors(TINY, rank, classes, seed)
+    ranks, tensors = random_tensors(geometry, rank, classes, seed)
     if epsilon is None and rank is not None:
         epsilon = 0.8
     config = ModelConfig(
         name="tiny",
-        geometry=TINY,
+        geometry=geometry,
         linears=ranks,
-        preprocessing=Preprocessing(image_size=16),
+        preprocessing=preprocessing or Preprocessing(image_size=16),
         epsilon=epsilon,
         dtype=dtype,
         id2label=None if labels is None else dict(enumerate(labels)),

@@ -48,7 +48,9 @@ def write_onnx(
         pixels = add_preprocessing(graph, config.preprocessing, photos)
     else:
         pixels = graph.input("pixels", TensorProto.FLOAT, ("batch", config.geometry.channels, size, size))
-    answer = add_network(graph, config.geometry, config.linears, artefact.tensors, size, config.num_classes, pixels)
+    answer = add_network(
+        graph, config.geometry, config.linears, artefact.tensors, size, config.num_classes, pixels, divisors
+    )
     if with_preprocessing:
         answer = graph.op("Softmax", "probabilities", answer, axis=-1)
     graph.output(answer, TensorProto.FLOAT, ("batch", config.num_classes))
