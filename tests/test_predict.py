@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import subprocess
 import sys
 import time
 
@@ -14,7 +15,9 @@ from models import TINY, dense_reader, random_tensors
 from photos import class_folders, save_jpeg, scene, truncated_jpeg
 from tiny_artefact import LABELS, write_tiny
 
+from wasi_edge.artefact import open_artefact
 from wasi_edge.errors import ArtefactError, UnreadablePhoto, UsageError
+from wasi_edge.export.model import write_onnx
 from wasi_edge.inference import predict
 from wasi_edge.inference.classifier import Backend, open_classifier
 from wasi_edge.inference.predict import classified, decoded_views, iter_photos, predict_paths, read_view
@@ -31,6 +34,7 @@ class Brightness:
     def __init__(self):
         self.labels = ["dark", "middle", "bright"]
         self.preprocessing = Preprocessing(image_size=16)
+        self.batch = 8
         self.batches = []
 
     def probabilities(self, batch):
@@ -103,11 +107,11 @@ def test_order_is_kept_and_no_more_than_asked_for_is_read_ahead(tmp_path, monkey
         return np.full((1, 1, 3), int(path.stem), dtype=np.uint8)
 
     monkeypatch.setattr(predict, "read_view", slow_start)
-    stream = decoded_views(paths, Preprocessing(image_size=16), ahead=6)
+    stream = decoded_views(paths, Preprocessing(image_size=16), group=6)
     seen = [int(view[0, 0, 0]) for _, view in itertools.islice(stream, 20)]
     stream.close()
     assert seen == list(range(20))
-    assert next(taken) <= 20 + 6
+    assert next(taken) <= 24 + 6  # four groups, and the names of the next
 
 
 def test_an_endless_stream_is_classified_in_batches(tmp_path):
@@ -194,9 +198,55 @@ def test_a_model_without_a_classifier_says_what_to_do(tmp_path):
         TorchClassifier(write_tiny(tmp_path / "m", labels=None))
 
 
-def test_the_onnx_backend_is_not_there_yet(tmp_path):
+def exported(tmp_path, seed=0):
+    folder = write_tiny(tmp_path / "m", seed=seed)
+    with open_artefact(folder) as artefact:
+        write_onnx(artefact, folder / "model.onnx")
+    return folder
+
+
+def test_onnx_runtime_is_taken_where_there_is_an_exported_model(tmp_path):
+    folder = exported(tmp_path)
+    batch = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    found = {backend: open_classifier(folder, backend) for backend in Backend}
+    kinds = {backend: type(classifier).__name__ for backend, classifier in found.items()}
+    assert kinds == {Backend.AUTO: "OnnxClassifier", Backend.ONNX: "OnnxClassifier", Backend.TORCH: "TorchClassifier"}
+    by_torch = found[Backend.TORCH].probabilities(batch)
+    np.testing.assert_allclose(found[Backend.ONNX].probabilities(batch), by_torch, atol=1e-5)
+    alone = open_classifier(folder / "model.onnx")
+    assert alone.labels == list(LABELS)
+    np.testing.assert_allclose(alone.probabilities(batch), by_torch, atol=1e-5)
+
+
+def test_an_exported_model_of_other_weights_is_not_believed(tmp_path):
+    folder = exported(tmp_path)
+    write_tiny(folder, seed=1)
+    assert isinstance(open_classifier(folder), TorchClassifier)
+    with pytest.raises(ArtefactError, match="of other weights than those beside it; make it again: wasi-edge export"):
+        open_classifier(folder, Backend.ONNX)
+
+
+def test_a_backend_that_is_not_there_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="wasi-edge export"):
-        open_classifier(tmp_path, Backend.ONNX)
+        open_classifier(write_tiny(tmp_path / "other"), Backend.ONNX)
+    folder = exported(tmp_path)
+    with pytest.raises(UsageError, match="which torch cannot run"):
+        open_classifier(folder / "model.onnx", Backend.TORCH)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert isinstance(open_classifier(folder), TorchClassifier)
+    with pytest.raises(UsageError, match=r"wasi-edge\[onnxruntime\]"):
+        open_classifier(folder, Backend.ONNX)
+
+
+def test_predicting_on_onnx_runtime_needs_no_torch(tmp_path):
+    folder, photo = exported(tmp_path), save_jpeg(tmp_path / "p.jpg", scene(0))
+    code = (
+        "import sys; from wasi_edge.cli.app import run;"
+        f"assert run(['predict', {str(folder)!r}, {str(photo)!r}, '--csv']) == 0;"
+        "assert 'onnxruntime' in sys.modules;"
+        "assert not [name for name in sys.modules if name.split('.')[0] in ('torch', 'onnx')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 # ---- sorting -----------------------------------------------------------------------------------

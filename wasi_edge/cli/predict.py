@@ -40,6 +40,9 @@ def predict(
     sort_into: Annotated[
         Path | None, typer.Option(help="Copy each photo into a folder of its label below this one.")
     ] = None,
+    link: Annotated[
+        bool, typer.Option("--link", help="With --sort-into: link to the photos, do not copy them.")
+    ] = False,
     backend: Annotated[Backend, typer.Option(help="What computes the prediction.")] = Backend.AUTO,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
@@ -47,6 +50,8 @@ def predict(
     """Classify photos with MODEL."""
     if as_csv and as_json:
         raise UsageError("--csv and --json both want standard output: choose one")
+    if link and sort_into is None:
+        raise UsageError("--link goes with --sort-into DIR: nothing else makes files")
     require("--threshold", threshold, 0 <= threshold <= 1, "between 0 and 1")
     console.prepare_torch(threads)
     from wasi_edge.inference.predict import iter_photos, predict_paths
@@ -59,7 +64,7 @@ def predict(
         rows = predict_paths(
             classifier, photos, top_k, threshold=threshold, on_progress=lambda done: progress(done, None)
         )
-        counted = _Counted(rows if sort_into is None else _sorted_into(sort_into, rows))
+        counted = _Counted(rows if sort_into is None else _sorted_into(sort_into, link, rows))
         if as_json:
             results = list(counted)
         elif as_csv:
@@ -95,11 +100,12 @@ class _Counted:
             yield row
 
 
-def _sorted_into(folder: Path, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    from wasi_edge.inference.sorting import copy_into
+def _sorted_into(folder: Path, link: bool, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    from wasi_edge.inference.sorting import copy_into, link_into
 
+    key, place = ("linked_to", link_into) if link else ("copied_to", copy_into)
     for row in rows:
-        yield (row if "error" in row else {**row, "copied_to": str(copy_into(folder, row["label"], Path(row["path"])))})
+        yield row if "error" in row else {**row, key: str(place(folder, row["label"], Path(row["path"])))}
 
 
 def _write_tables(rows: Iterable[dict[str, Any]]) -> None:

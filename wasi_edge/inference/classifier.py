@@ -18,8 +18,9 @@ if TYPE_CHECKING:  # the command line reads `Backend` at every start, and needs 
 
 
 class Classifier(Protocol):
-    """Anything that gives label probabilities of photos."""
+    """Anything that gives label probabilities of photos; it likes `batch` of them at a time."""
 
+    batch: int
     labels: list[str]
     preprocessing: Preprocessing
 
@@ -67,9 +68,11 @@ def open_classifier(model: Path, backend: Backend = Backend.AUTO, threads: int |
 
 def _open_onnx(path: Path, threads: int | None) -> OnnxClassifier:
     from wasi_edge.inference.onnx_backend import OnnxClassifier
-    from wasi_edge.memory.malloc import count_threads
+    from wasi_edge.memory.malloc import count_threads, reuse_freed_memory
 
-    return OnnxClassifier(path, count_threads(threads))
+    classifier = OnnxClassifier(path, count_threads(threads))
+    reuse_freed_memory(any_size=True)
+    return classifier
 
 
 def _fingerprint(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Photos copied into a folder for each label. Nothing is ever moved, changed or overwritten."""
+"""Photos copied or linked into a folder for each label. Nothing is ever moved, changed or overwritten."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import filecmp
 import itertools
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 _LONGEST_NAME = 100
@@ -18,8 +19,7 @@ def copy_into(root: Path, label: str, photo: Path) -> Path:
     """
     folder = root / folder_name(label)
     folder.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        target = folder / (photo.name if number == 1 else f"{photo.stem}-{number}{photo.suffix}")
+    for target in _free_names(folder, photo):
         try:
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
@@ -35,6 +35,27 @@ def copy_into(root: Path, label: str, photo: Path) -> Path:
             raise
         return target
     raise AssertionError("unreachable")
+
+
+def link_into(root: Path, label: str, photo: Path) -> Path:
+    """`copy_into` with a symbolic link to the photo in place of a copy; a link to it that is there already will do."""
+    folder, source = root / folder_name(label), photo.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    for target in _free_names(folder, photo):
+        try:
+            target.symlink_to(source)
+        except FileExistsError:
+            if not (target.is_symlink() and target.readlink() == source):
+                continue
+        return target
+    raise AssertionError("unreachable")
+
+
+def _free_names(folder: Path, photo: Path) -> Iterator[Path]:
+    """The photo's own name in `folder`, then with a number."""
+    yield folder / photo.name
+    for number in itertools.count(2):
+        yield folder / f"{photo.stem}-{number}{photo.suffix}"
 
 
 def folder_name(label: str) -> str:

@@ -26,6 +26,8 @@ class TorchClassifier:
     preprocessing   how photos must come in
     """
 
+    batch = 8
+
     def __init__(self, folder: str | Path) -> None:
         """Read the model folder. Raises ArtefactError where it is damaged or has no classifier."""
         with open_artefact(folder) as artefact:
