@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wasi_edge.report.html import ReportPhoto, render_finetune_report, write_report
+from wasi_edge.errors import ArtefactError
+from wasi_edge.report.html import render_finetune_report
+from wasi_edge.report.page import write_page
+from wasi_edge.report.sections import ReportPhoto
 
 MB = 2**20
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -297,10 +300,10 @@ def test_a_peak_survives_thinning() -> None:
 def test_write_report_replaces_whole_and_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text("old")
-    write_report(path, "<p>new 写真 \ud800</p>")
+    write_page(path, "<p>new 写真 \ud800</p>")
     assert path.read_text(encoding="utf-8") == "<p>new 写真 ?</p>" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(OSError):
-        write_report(tmp_path / "absent" / "report.html", "x")
+    with pytest.raises(ArtefactError, match="cannot be written"):
+        write_page(tmp_path / "absent" / "report.html", "x")
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -66,7 +66,7 @@ def bench(
     from wasi_edge.cli.progress import RichEvents
     from wasi_edge.report.bench_html import render_bench_report
     from wasi_edge.report.bench_table import bench_sentences, bench_table
-    from wasi_edge.report.html import write_report
+    from wasi_edge.report.page import write_page
 
     request = BenchRequest(
         model=model,
@@ -87,7 +87,7 @@ def bench(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_json_atomic(out / "bench.json", result)
-        write_report(out / "report.html", render_bench_report(result))
+        write_page(out / "report.html", render_bench_report(result))
     if as_json:
         console.print_json(result)
         return

@@ -66,7 +66,7 @@ def predict(
         )
         counted = _Counted(rows if sort_into is None else _sorted_into(sort_into, link, rows))
         if as_json:
-            results = list(counted)
+            results = [console.json_text(row) for row in counted]
         elif as_csv:
             _write_csv(counted, top_k)
         else:
@@ -75,7 +75,7 @@ def predict(
         what = f"none of the {counted.unreadable} photos can be read" if counted.unreadable else "no photos found"
         raise NothingReadable(f"{what} in {' '.join(paths[:3])}{' ...' if len(paths) > 3 else ''}", counted.errors)
     if as_json:
-        console.print_json(results)
+        console.print_json_list(results)
     elif counted.unreadable:
         console.say(f"{counted.unreadable} of {counted.unreadable + counted.labelled} files could not be read")
 

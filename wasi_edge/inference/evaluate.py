@@ -7,10 +7,12 @@ counted.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +21,38 @@ from wasi_edge.errors import NoUsableData, UnreadablePhoto
 from wasi_edge.inference.classifier import Classifier
 from wasi_edge.inference.predict import classified
 
+_WRONG_KEPT, _RIGHT_KEPT, _MOST_LISTED = 40, 4, 10
 OnProgress = Callable[[int, int], None]
+
+
+class Answer(NamedTuple):
+    """What the model said of a photo, and how sure it was."""
+
+    path: Path
+    true: str
+    predicted: str
+    probability: float
+
+
+class Gallery:
+    """The surest mistakes, and a few right answers of every class: as many as a page shows, however many pass by."""
+
+    def __init__(self) -> None:
+        self.wrong: list[Answer] = []  # surest first
+        self._right: dict[str, list[Answer]] = {}
+
+    def note(self, answer: Answer) -> None:
+        """One photo passes by."""
+        if answer.true != answer.predicted:
+            bisect.insort(self.wrong, answer, key=lambda other: -other.probability)
+            del self.wrong[_WRONG_KEPT:]
+        elif len(kept := self._right.setdefault(answer.true, [])) < _RIGHT_KEPT:
+            kept.append(answer)
+
+    @property
+    def answers(self) -> list[Answer]:
+        """All that are kept."""
+        return [*self.wrong, *itertools.chain.from_iterable(self._right.values())]
 
 
 def evaluate_folder(
@@ -27,8 +60,10 @@ def evaluate_folder(
     photos_root: str | Path,
     on_progress: OnProgress | None = None,
     on_message: Callable[[str], None] | None = None,
+    gallery: Gallery | None = None,
 ) -> dict[str, Any]:
-    """Scores as in `metrics.scores`, with `skipped_files` (path, reason) besides.
+    """Scores as in `metrics.scores`; `most_confused` (true, predicted, count), `most_wrong` (path, true, predicted,
+    probability) with the surest mistake first, and `skipped_files` (path, reason). `gallery` notes photos to show.
 
     `on_progress(done, all)` counts photos. Raises NoUsableData where no photo belongs to a class the model
     knows.
@@ -36,7 +71,7 @@ def evaluate_folder(
     # metrics has no torch either, but tests/test_imports.py does not list it as torch-free: hence imported late
     from wasi_edge.metrics import confusion_matrix, scores
 
-    say = on_message or (lambda text: None)
+    say, gallery = on_message or (lambda text: None), gallery or Gallery()
     folder = scan_folder(
         photos_root, min_classes=1, min_photos_per_class=0, min_side=classifier.preprocessing.resize_side
     )
@@ -57,14 +92,32 @@ def evaluate_folder(
         if isinstance(row, UnreadablePhoto):
             skipped.append(_skip(photo.path, Path(photos_root), str(row)))
         else:
-            confusion += confusion_matrix([number[photo.label]], [int(row.argmax())], len(number))
+            predicted = int(row.argmax())
+            confusion += confusion_matrix([number[photo.label]], [predicted], len(number))
+            gallery.note(Answer(photo.path, photo.label, classifier.labels[predicted], float(row[predicted])))
         if on_progress is not None:
             on_progress(done, len(photos))
     if not confusion.any():
         raise NoUsableData(f"{photos_root}: none of its {len(photos)} photos can be read; nothing was evaluated")
     skipped.sort(key=lambda entry: (entry.path, entry.reason))
     listed = [{"path": entry.path, "reason": entry.reason} for entry in skipped]
-    return {**scores(confusion, classifier.labels), "skipped_files": listed}
+    return {
+        **scores(confusion, classifier.labels),
+        "most_confused": _most_confused(confusion, classifier.labels),
+        "most_wrong": [
+            {"path": str(answer.path), **{key: getattr(answer, key) for key in ("true", "predicted", "probability")}}
+            for answer in gallery.wrong[:_MOST_LISTED]
+        ],
+        "skipped_files": listed,
+    }
+
+
+def _most_confused(confusion: np.ndarray, labels: list[str]) -> list[dict[str, Any]]:
+    off = confusion.copy()
+    np.fill_diagonal(off, 0)
+    places = np.argsort(-off, axis=None, kind="stable")[:_MOST_LISTED]
+    pairs = [divmod(int(place), len(labels)) for place in places]
+    return [{"true": labels[i], "predicted": labels[j], "count": int(off[i, j])} for i, j in pairs if off[i, j]]
 
 
 def _of_known_classes(photos: list[Photo], labels: list[str], root: Path) -> tuple[list[Photo], list[SkippedFile]]:

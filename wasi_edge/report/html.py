@@ -1,52 +1,29 @@
 """The page a run leaves behind: `report.html`, from the dictionary that is also `report.json`.
 
 One file that asks nothing of the network (its frame is in `page.py`): styles, plots and photos are
-inline. Photos are re-encoded from the cached pixels, so no EXIF and no GPS can come along. A photo's,
-a class's or a file's name is somebody else's text: everything passes through `escape`. Any key may
+inline. A name is somebody else's text: everything passes through `escape`. Any key may
 be missing, since a run can stop anywhere; a section without its figures is left out.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from wasi_edge.atomic import sync_folder
 from wasi_edge.report import svg
 from wasi_edge.report import terminal as words
 from wasi_edge.report.page import document, folded, glued, mapping, section, table
+from wasi_edge.report.sections import ReportPhoto, class_by_class, mix_ups, photo_gallery, skipped_files
 from wasi_edge.report.svg import escape, finite
 from wasi_edge.units import format_size
 
-_MAX_RIGHT, _MAX_WRONG, _THUMBNAIL = 12, 12, 192
-_MAX_SKIPPED_SHOWN, _MAX_MEMORY_POINTS, _MATRIX_BESIDE_TEXT = 100, 300, 12
-_SCORES = ("class", "photos", "recognised", "right when said")
+_MAX_MEMORY_POINTS = 300
 _SHOWN_ELSEWHERE = {
     "classes", "confusion", "continued_from", "error", "hardware", "history", "memory_samples",
     "per_class", "plan", "skipped_files", "versions",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class ReportPhoto:
-    """A held-out photo as the model saw it; `probability` is that of `predicted_label`."""
-
-    pixels: np.ndarray  # (S, S, 3) uint8
-    true_label: str
-    predicted_label: str
-    probability: float
-    name: str
 
 
 # ---- the page ----------------------------------------------------------------------------------
@@ -61,11 +38,11 @@ def render_finetune_report(report: Mapping[str, Any], photos: Sequence[ReportPho
         _continuation(report),
         _usage(report),
         _curves(report),
-        _photos(photos),
-        _confusion(report),
-        _per_class(report),
+        photo_gallery("Photos it never trained on", photos),
+        mix_ups(report.get("confusion"), report.get("classes") or ()),
+        class_by_class(report),
         _memory(report),
-        _skipped(report),
+        skipped_files(report),
         _details(report),
     )
     headline = glued(words.headline(report))
@@ -76,22 +53,6 @@ def render_finetune_report(report: Mapping[str, Any], photos: Sequence[ReportPho
     )
     footer = "Made on your own machine; nothing left it. Its figures are in report.json."
     return document(headline, header, "".join(sections), footer)
-
-
-def write_report(path: str | os.PathLike[str], html: str) -> None:
-    """Write `html` so that `path` holds the old page or the new one, whole, even after a power cut."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", errors="replace") as file:
-            file.write(html)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(target.parent)
 
 
 # ---- sections: each a string, empty where the report has nothing for it ------------------------
@@ -155,81 +116,6 @@ def _curves(report: Mapping[str, Any]) -> str:
     return section("How it learned", f"{grid}<p class='note'>{note}</p>")
 
 
-def _photos(photos: Sequence[ReportPhoto]) -> str:
-    wrong = [photo for photo in photos if photo.true_label != photo.predicted_label]
-    wrong.sort(key=lambda photo: -(finite(photo.probability) or 0.0))
-    by_class: dict[str, list[ReportPhoto]] = {}
-    for photo in photos:
-        if photo.true_label == photo.predicted_label:
-            by_class.setdefault(photo.true_label, []).append(photo)
-    right = [photo for turn in zip_longest(*by_class.values()) for photo in turn if photo is not None]
-    galleries = "".join(
-        f"<h3>{title}</h3><div class='gallery'>{''.join(map(_photo, shown))}</div>"
-        for title, shown in (
-            ("Wrong, the surest mistakes first", wrong[:_MAX_WRONG]),
-            ("Right", right[:_MAX_RIGHT]),
-        )
-        if shown
-    )
-    return section("Photos it never trained on", galleries)
-
-
-def _photo(photo: ReportPhoto) -> str:
-    wrong = photo.true_label != photo.predicted_label
-    said = f"<b>{escape(photo.predicted_label)}</b> <span>{words.percent(photo.probability)}</span>"
-    caption = f"✗ said {said}<br>is <b>{escape(photo.true_label)}</b>" if wrong else f"✓ {said}"
-    alt = f"{photo.name}: a photo of {photo.true_label}, taken for {photo.predicted_label}"
-    return (
-        f"<figure class='{'wrong' if wrong else 'right'}' title='{escape(photo.name)}'>"
-        f"<img src='{_data_uri(photo.pixels)}' alt='{escape(alt)}' loading='lazy'>"
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
-
-
-def _data_uri(pixels: np.ndarray) -> str:
-    """A small JPEG made from the pixels alone: whatever the photo's file carried stays behind."""
-    image = Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8))
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=82, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _confusion(report: Mapping[str, Any]) -> str:
-    matrix = report.get("confusion")
-    if not matrix or not any(finite(value) for row in matrix for value in row):
-        return ""
-    classes = [str(name) for name in report.get("classes") or ()]
-    names = classes + [f"class {i}" for i in range(len(classes), max(map(len, matrix)))]
-    mixed = [(n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if i != j and n]
-    mixed.sort(key=lambda found: -found[0])
-    items = "".join(
-        f"<li>{number} of <b>{escape(names[i])}</b> taken for <b>{escape(names[j])}</b></li>"
-        for count, i, j in mixed[:5]
-        if (number := words.counted(count, "photo"))
-    )
-    mix_ups = f"<h3>Most frequent mix-ups</h3><ul>{items}</ul>" if items else "<p>Not one mix-up.</p>"
-    plot = f"<figure class='scroll'>{svg.confusion_matrix(matrix, classes)}</figure>"
-    layout = "grid" if len(matrix) <= _MATRIX_BESIDE_TEXT else "stack"
-    return section("What it mixes up", f"<div class='{layout}'>{plot}<div>{mix_ups}</div></div>")
-
-
-def _per_class(report: Mapping[str, Any]) -> str:
-    rows = words.per_class_rows(report)
-    if not rows:
-        return ""
-    rows.sort(key=lambda row: 2.0 if row[2] is None else row[2])
-    cells = [
-        (name, svg.number_text(support), words.percent(recall), words.percent(precision))
-        for name, precision, recall, support in rows
-    ]
-    note = (
-        "<p class='note'>Weakest class first. Recognised: the share of its photos that were found (recall). "
-        "Right when said: of the photos given this name, the share that bear it (precision).</p>"
-    )
-    return section("Class by class", table(_SCORES, cells, numeric=True) + note)
-
-
 def _memory(report: Mapping[str, Any]) -> str:
     samples = [
         (seconds, rss / 2**20)
@@ -259,20 +145,6 @@ def _memory(report: Mapping[str, Any]) -> str:
         chart = svg.bar_chart(bars, "Planned memory by use", format_size)
         plots.append(f"<figure><figcaption>What the plan set aside</figcaption>{chart}</figure>")
     return section("Memory", f"<div class='grid'>{''.join(plots)}</div>" if plots else "")
-
-
-def _skipped(report: Mapping[str, Any]) -> str:
-    by_reason: dict[str, list[str]] = {}
-    for item in report.get("skipped_files") or ():
-        by_reason.setdefault(str(item.get("reason") or "no reason given"), []).append(str(item.get("path")))
-    parts = []
-    for reason, paths in sorted(by_reason.items(), key=lambda group: -len(group[1])):
-        shown = "".join(f"<li>{escape(path)}</li>" for path in paths[:_MAX_SKIPPED_SHOWN])
-        rest = len(paths) - _MAX_SKIPPED_SHOWN
-        more = f"<li>and {rest} more, in report.json</li>" if rest > 0 else ""
-        summary = f"{words.counted(len(paths), 'file')}: {escape(reason)}"
-        parts.append(f"<details><summary>{summary}</summary><ul class='paths'>{shown}{more}</ul></details>")
-    return section("What was skipped, and why", "".join(parts))
 
 
 def _details(report: Mapping[str, Any]) -> str:

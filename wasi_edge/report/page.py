@@ -7,10 +7,12 @@ text is escaped here, except where a parameter's name ends in `_html`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from wasi_edge.atomic import write_bytes_atomic
 from wasi_edge.report import svg
 from wasi_edge.report.svg import escape
 
@@ -28,6 +30,11 @@ def document(title_html: str, header_html: str, body_html: str, footer: str, ext
         f"<footer>{escape(footer)}</footer>"
         "</main></body></html>\n"
     )
+
+
+def write_page(path: str | os.PathLike[str], html: str) -> None:
+    """Write `html` so that `path` holds the old page or the new one, whole. Raises ArtefactError where it cannot."""
+    write_bytes_atomic(path, html.encode("utf-8", "replace"))
 
 
 def mapping(value: object) -> Mapping[str, Any]:

@@ -31,7 +31,7 @@ from wasi_edge.report.svg import (
     widened,
 )
 
-_LABEL_SIZE, _LONGEST_LABEL = 12.0, 150.0
+_LABEL_SIZE, _LONGEST_LABEL = 13.0, 160.0
 _DISTANCES = (8.0, 20.0, 34.0, 50.0)
 _DIRECTIONS = ((1, 0), (-1, 0), (0, -1), (0, 1), (0.7, -0.7), (0.7, 0.7), (-0.7, -0.7), (-0.7, 0.7))
 Box = tuple[float, float, float, float]  # left, top, right, bottom

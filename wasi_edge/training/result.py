@@ -13,7 +13,9 @@ from torch import Tensor
 
 from wasi_edge.atomic import write_bytes_atomic, write_json_atomic
 from wasi_edge.metrics import confusion_matrix, scores
-from wasi_edge.report.html import ReportPhoto, render_finetune_report, write_report
+from wasi_edge.report.html import render_finetune_report
+from wasi_edge.report.page import write_page
+from wasi_edge.report.sections import ReportPhoto
 from wasi_edge.tensorfile import TensorFile, TensorWriter
 from wasi_edge.training.head import FeatureStatistics, merge_statistics
 from wasi_edge.training.loop import Validation
@@ -128,6 +130,6 @@ def features_of(trainer: Trainer, photos: PhotoSet, positions: Sequence[int], on
 def write_reports(report: Mapping[str, Any], photos: list[ReportPhoto], out: Path) -> None:
     """report.json, report.html and log.jsonl in `out`, each atomically."""
     write_json_atomic(out / "report.json", dict(report))
-    write_report(out / "report.html", render_finetune_report(dict(report), photos))
+    write_page(out / "report.html", render_finetune_report(dict(report), photos))
     lines = "".join(json.dumps(entry) + "\n" for entry in report["history"])
     write_bytes_atomic(out / "log.jsonl", lines.encode())
