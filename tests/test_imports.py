@@ -38,7 +38,8 @@ TORCH_FREE = (
     "planner", "data", "memory", "artefact", "tensorfile", "atomic", "preprocess", "errors", "units", "chunks", "keep",
     "method",
     "metrics", "preprocessing", "report", "inference", "subspace.ranks", "models.geometry", "api",
-    "models.geometry_swin", "models.keys", "models.keys_", "models.hub", "models.locate", "models.windows", "models.resample", "export",
+    "models.geometry_swin", "models.keys", "models.keys_", "models.hub", "models.locate", "models.windows",
+    "models.resample", "export",
     "bench.synthetic",
 )  # fmt: skip
 TORCH_ALLOWED = ("inference.torch_backend",)
