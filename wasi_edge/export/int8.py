@@ -64,13 +64,13 @@ def write_int8(
         divisors = _divisors(artefact, plain, photos.train, threads)
         on_stage("rounding")
         metadata = write_onnx(artefact, plain, divisors=divisors)
-        _quantise(plain, rounded)
+        quantise(plain, rounded)
         on_stage("measuring")
         record = _measured(OnnxClassifier(plain, threads), OnnxClassifier(rounded, threads), photos.val)
         _refuse(record, max_drop)
         if with_preprocessing:
             metadata = write_onnx(artefact, plain, True, divisors)
-            _quantise(plain, rounded)
+            quantise(plain, rounded)
         _write_with(replace(metadata, quantisation=record), rounded, out)
     return record
 
@@ -104,7 +104,8 @@ def _divisors(artefact: Artefact, path: Path, photos: Sequence[Photo], threads: 
     return divisors
 
 
-def _quantise(source: Path, target: Path) -> None:
+def quantise(source: Path, target: Path) -> None:
+    """The file `source` with products by weights in eight bits, as `target`."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     # it advises, once a call, to preprocess the model in a way that holds it twice
