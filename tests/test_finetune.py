@@ -258,6 +258,7 @@ def test_other_methods_run_and_say_what_they_do(base, tmp_path, method):
     assert report["optimizer_steps"] == (0 if method == "head" else 4)
     assert ("multiplies the factors" in done.stderr) == (method in ("vanilla", "lora", "asi"))
     assert report["peak_rss_bytes"] <= report["planned_peak_rss_bytes"], report["memory_samples"]
+    assert report["onnx"]["file"] == "model.onnx"
     predicted = report_of(run("predict", tmp_path / method, base["photos"], "--json"))
     assert all("label" in entry for entry in predicted)
 

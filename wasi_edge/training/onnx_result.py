@@ -23,10 +23,10 @@ from wasi_edge.training.request import Events
 
 
 class Sample(NamedTuple):
-    """What the network answered: views uint8 (B, S, S, 3) and logits float32 (B, C)."""
+    """What the network answered: views uint8 (B, S, S, 3) and logits float32 (B, C); None where it saw them rounded."""
 
     views: np.ndarray
-    logits: np.ndarray
+    logits: np.ndarray | None
 
 
 def add_onnx(report: dict[str, Any], out: Path, sample: Sample, watch: MemoryWatch, events: Events) -> dict[str, Any]:
@@ -44,7 +44,8 @@ def add_onnx(report: dict[str, Any], out: Path, sample: Sample, watch: MemoryWat
             check = export_beside(artefact, out / ONNX_NAME, sample.views, sample.logits, available)
         found = {"file": ONNX_NAME, "bytes": (out / ONNX_NAME).stat().st_size, **check.to_dict()}
         if check.difference is None:
-            events.message(f"{ONNX_NAME} is written, not compared with the model: {check.reason}")
+            again = f"wasi-edge export {out} {out / ONNX_NAME}"
+            events.message(f"{ONNX_NAME} is written, not compared with the model: {check.reason}; {again} compares")
     except (WasiEdgeError, OSError) as error:
         found = {"file": None, "error": str(error)}
         events.message(f"no {ONNX_NAME}: {error}; the run is complete without it")
