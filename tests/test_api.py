@@ -62,8 +62,10 @@ def test_exporting_and_loading_the_file(model, tmp_path):
 def test_what_is_wrong_is_said(model, tmp_path):
     with pytest.raises(ArtefactError, match="no such model"):
         wasi_edge.load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="'gpu'"):
+    with pytest.raises(UsageError, match="'gpu'"):
         wasi_edge.load(model, backend="gpu")
+    with pytest.raises(UsageError, match="top_k"):
+        wasi_edge.load(model).predict("x.jpg", top_k=0)
 
 
 def test_importing_the_package_imports_nothing():

@@ -21,7 +21,7 @@ from tiny_artefact import LABELS, write_tiny
 
 from wasi_edge.artefact import fingerprint, open_artefact
 from wasi_edge.errors import ArtefactError
-from wasi_edge.export import check, graph
+from wasi_edge.export import check, graph, model
 from wasi_edge.export.answers import sample_views
 from wasi_edge.export.check import checked_export
 from wasi_edge.export.graph import Graph, write_model
@@ -298,6 +298,18 @@ def test_a_file_that_answers_otherwise_is_not_left_behind(tiny, tmp_path, monkey
         checked_export(artefact, out)
     assert out.read_bytes() == b"the one before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "model"]
+
+
+def test_preprocessing_that_goes_wrong_is_found(tiny, tmp_path, monkeypatch):
+    right = model.add_preprocessing
+
+    def other(graph, preprocessing, photos):
+        return right(graph, dataclasses.replace(preprocessing, mean=(0.9, 0.1, 0.9)), photos)
+
+    monkeypatch.setattr(model, "add_preprocessing", other)
+    with open_artefact(tiny) as artefact, pytest.raises(ArtefactError, match="its answers differ"):
+        checked_export(artefact, tmp_path / "p.onnx", with_preprocessing=True)
+    assert not (tmp_path / "p.onnx").exists()
 
 
 def test_no_room_for_a_second_process_is_said(tiny, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from wasi_edge.errors import ArtefactError, NoUsableData
 from wasi_edge.export import int8
 from wasi_edge.export.photos import Photo, RunPhotos, read_run_photos, write_run_photos
 from wasi_edge.inference.onnx_backend import OnnxClassifier
-from wasi_edge.inference.sorting import link_into
+from wasi_edge.inference.sorting import copy_into, link_into
 from wasi_edge.memory.hardware import integer_instructions
 
 
@@ -207,6 +208,22 @@ def test_photos_may_have_moved_or_gone(tmp_path):
     assert len(read_run_photos(run_folder, tmp_path / "new").train) == 1
 
 
+@pytest.mark.parametrize(
+    "text", ["{}", '{"root": 3, "train": [], "val": []}', '{"root": "x", "train": [1], "val": []}']
+)
+def test_a_damaged_list_of_photos_is_one_sentence(tmp_path, text):
+    (tmp_path / "photos.json").write_text(text)
+    with pytest.raises(ArtefactError, match=r"photos\.json is damaged"):
+        read_run_photos(tmp_path)
+
+
+def test_a_root_named_with_dots_is_the_same_root(tmp_path):
+    photo = save_jpeg(tmp_path / "photos" / "a" / "1.jpg", scene(0, 32, 32))
+    (tmp_path / "x").mkdir()
+    write_run_photos(tmp_path, tmp_path / "x" / ".." / "photos", [Photo(photo, "a")], [Photo(photo, "a")])
+    assert read_run_photos(tmp_path).val == [Photo(photo, "a")]
+
+
 # ---- small things ------------------------------------------------------------------------------
 
 
@@ -217,6 +234,15 @@ def test_links_go_beside_what_is_there(tmp_path):
     assert link_into(tmp_path / "sorted", "cat", photo) == first
     second = link_into(tmp_path / "sorted", "cat", other)
     assert second.name == "x-2.jpg" and second.resolve() == other.resolve()
+
+
+def test_a_link_is_no_copy(tmp_path):
+    """Sorted as links once and as copies later: whoever then empties the inbox keeps the copies."""
+    photo = save_jpeg(tmp_path / "inbox" / "x.jpg", scene(0))
+    link = link_into(tmp_path / "sorted", "cat", photo)
+    copy = copy_into(tmp_path / "sorted", "cat", photo)
+    assert copy != link and not copy.is_symlink() and copy.read_bytes() == photo.read_bytes()
+    assert copy_into(tmp_path / "sorted", "cat", photo) == copy
 
 
 def test_predict_links_where_it_is_asked_to(finished, tmp_path):
@@ -242,6 +268,17 @@ def test_evaluate_leaves_a_page(finished, tmp_path):
     assert len(result["most_wrong"]) == min(10, wrong) and sum(c["count"] for c in result["most_confused"]) == wrong
     again = run("evaluate", out, photos, "--out", tmp_path / "e")
     assert again.returncode == 2 and "is not empty" in again.stderr
+
+
+def test_evaluate_survives_names_that_are_no_text(finished, tmp_path):
+    out, photos, _ = finished
+    shutil.copytree(photos, tmp_path / "p")
+    for number, path in enumerate((tmp_path / "p" / "red").iterdir()):  # red ones in green, so that some are wrong
+        os.rename(os.fsencode(path), os.fsencode(tmp_path / "p" / "green") + b"/caf\xe9-%d.png" % number)
+    done = run("evaluate", out, tmp_path / "p", "--out", tmp_path / "e", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["most_wrong"]
+    assert (tmp_path / "e" / "report.html").exists() and (tmp_path / "e" / "evaluation.json").exists()
 
 
 @pytest.mark.parametrize(

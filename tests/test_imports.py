@@ -37,7 +37,7 @@ ONLY_FROM = {
 TORCH_FREE = (
     "planner", "data", "memory", "artefact", "tensorfile", "atomic", "preprocess", "errors", "units", "chunks", "keep",
     "method",
-    "metrics", "preprocessing", "report", "inference", "subspace.ranks", "models.geometry", "api",
+    "metrics", "preprocessing", "report", "inference", "subspace.ranks", "models.geometry", "api", "doctor",
     "models.geometry_swin", "models.keys", "models.keys_", "models.hub", "models.locate", "models.windows",
     "models.resample", "export",
     "bench.synthetic",

@@ -7,6 +7,7 @@ import itertools
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_order_is_kept_and_no_more_than_asked_for_is_read_ahead(tmp_path, monkey
     seen = [int(view[0, 0, 0]) for _, view in itertools.islice(stream, 20)]
     stream.close()
     assert seen == list(range(20))
-    assert next(taken) <= 24 + 6  # four groups, and the names of the next
+    assert next(taken) <= 24  # four groups
 
 
 def test_an_endless_stream_is_classified_in_batches(tmp_path):
@@ -219,11 +220,27 @@ def test_onnx_runtime_is_taken_where_there_is_an_exported_model(tmp_path):
 
 
 def test_an_exported_model_of_other_weights_is_not_believed(tmp_path):
-    folder = exported(tmp_path)
+    folder, heard = exported(tmp_path), []
     write_tiny(folder, seed=1)
-    assert isinstance(open_classifier(folder), TorchClassifier)
+    assert isinstance(open_classifier(folder, on_message=heard.append), TorchClassifier)
+    assert len(heard) == 1 and "of other weights" in heard[0]
     with pytest.raises(ArtefactError, match="of other weights than those beside it; make it again: wasi-edge export"):
         open_classifier(folder, Backend.ONNX)
+
+
+def test_an_exported_model_that_cannot_be_used_is_passed_over(tmp_path):
+    folder, heard = exported(tmp_path), []
+    with open_artefact(folder) as artefact:
+        write_onnx(artefact, folder / "model.onnx", with_preprocessing=True)
+    assert isinstance(open_classifier(folder, on_message=heard.append), TorchClassifier)
+    (folder / "model.onnx").write_bytes(b"half a fi")
+    assert isinstance(open_classifier(folder, on_message=heard.append), TorchClassifier)
+    assert "prepares photos itself" in heard[0] and "cannot run it" in heard[1]
+
+
+def test_a_list_that_is_no_text_is_a_list_of_unreadable_photos(tmp_path):
+    rows = list(predict_paths(Brightness(), [Path(f"a\0{number}.jpg") for number in range(20)]))
+    assert len(rows) == 20 and all("error" in row for row in rows)
 
 
 def test_a_backend_that_is_not_there_says_what_to_do(tmp_path, monkeypatch):

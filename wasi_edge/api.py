@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from wasi_edge.errors import UsageError
 from wasi_edge.inference.classifier import Backend, Classifier, open_classifier
 from wasi_edge.models.locate import resolve_classifier
 
@@ -28,7 +29,11 @@ class Model:
     def __init__(self, name: str | os.PathLike[str], backend: str = "auto", threads: int | None = None) -> None:
         """As `wasi_edge.load`."""
         self._path, self._threads = resolve_classifier(os.fspath(name)), threads
-        self._classifier: Classifier = open_classifier(self._path, Backend(backend), threads)
+        try:
+            chosen = Backend(backend)
+        except ValueError:
+            raise UsageError(f"backend should be one of {', '.join(Backend)}, found {backend!r}") from None
+        self._classifier: Classifier = open_classifier(self._path, chosen, threads)
 
     @property
     def labels(self) -> list[str]:
@@ -41,8 +46,11 @@ class Model:
         return list(self.stream(paths, top_k, threshold))
 
     def stream(self, paths: Paths, top_k: int = 3, threshold: float = 0.0) -> Iterator[dict[str, Any]]:
-        """The same, one at a time: memory does not grow with their number."""
+        """The same, a few at a time: memory does not grow with their number. UsageError for a `top_k` below 1."""
         from wasi_edge.inference.predict import iter_photos, predict_paths
+
+        if top_k < 1:
+            raise UsageError(f"top_k should be at least 1, found {top_k}")
 
         single = isinstance(paths, str | os.PathLike)
         words = [os.fspath(paths)] if single else [os.fspath(path) for path in paths]  # type: ignore[arg-type, union-attr]

@@ -169,7 +169,7 @@ class Artefact:
 
 
 def fingerprint(artefact: Artefact) -> str:
-    """A short text that changes with the weights and what they mean, whatever the dtype they are stored in or where.
+    """A short text that changes with the weights, how they are stored and what they mean, and not with the place.
 
     Training moves every tensor, so the first values of each tell: reading all of them would take seconds on a Pi.
     """

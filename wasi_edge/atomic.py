@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from wasi_edge.errors import ArtefactError
 
-_ORPHAN = re.compile(r"\..+\.(\d+)(\.\w+)?\.tmp")
+_ORPHAN = re.compile(r"\..+\.(\d+)(\.[\w-]+)?\.tmp")
 
 
 @contextlib.contextmanager
@@ -63,7 +63,8 @@ def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 def write_json_atomic(path: str | os.PathLike[str], value: object) -> None:
     """`write_bytes_atomic` of indented UTF-8 JSON. Raises ValueError on NaN or infinity: not JSON."""
     text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False)
-    write_bytes_atomic(path, text.encode() + b"\n")
+    # the name of a photo may hold bytes that are no text
+    write_bytes_atomic(path, text.encode("utf-8", "replace") + b"\n")
 
 
 def sweep_orphans(folder: str | os.PathLike[str]) -> list[Path]:
@@ -103,6 +104,8 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.filename is not None and Path(error.filename).parent != path.parent:
+            raise  # about something else that was read meanwhile
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space or write to another folder" if full else "choose a folder you may write to"
         raise ArtefactError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error

@@ -21,6 +21,7 @@ from wasi_edge import __version__
 from wasi_edge.cli import console
 from wasi_edge.cli.bench import bench
 from wasi_edge.cli.convert import convert
+from wasi_edge.cli.doctor import doctor
 from wasi_edge.cli.evaluate import evaluate
 from wasi_edge.cli.export import export
 from wasi_edge.cli.finetune import finetune
@@ -41,7 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for _command in (finetune, predict, evaluate, export, convert, info, bench):
+for _command in (finetune, predict, evaluate, export, convert, info, bench, doctor):
     app.command()(_command)
 
 

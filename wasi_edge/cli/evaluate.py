@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from wasi_edge.cli import console
 from wasi_edge.cli.options import require_empty
+from wasi_edge.errors import UnreadablePhoto
 from wasi_edge.inference.classifier import Backend, Classifier, open_classifier
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ def evaluate(
     from wasi_edge.inference.evaluate import Gallery, evaluate_folder
     from wasi_edge.models.locate import resolve_classifier
 
-    classifier = open_classifier(resolve_classifier(model), backend, threads)
+    classifier = open_classifier(resolve_classifier(model), backend, threads, console.say)
     with console.progress_bar("photos") as progress:
         gallery = Gallery()
         result = evaluate_folder(classifier, photos, progress, console.say, gallery)
@@ -56,16 +58,12 @@ def _write_report(out: Path, result: dict[str, Any], gallery: Gallery, classifie
     from wasi_edge.report.page import write_page
     from wasi_edge.report.sections import ReportPhoto
 
-    photos = [
-        ReportPhoto(
-            read_view(answer.path, classifier.preprocessing),
-            answer.true,
-            answer.predicted,
-            answer.probability,
-            answer.path.name,
-        )
-        for answer in gallery.answers
-    ]
+    photos = []
+    for answer in gallery.answers:
+        with contextlib.suppress(UnreadablePhoto):  # gone since
+            view = read_view(answer.path, classifier.preprocessing)
+            shown = (answer.true, answer.predicted, answer.probability, answer.path.name)
+            photos.append(ReportPhoto(view, *shown))
     result = {**result, "hardware": hardware(), "versions": versions()}
     out.mkdir(parents=True, exist_ok=True)
     write_json_atomic(out / "evaluation.json", result)

@@ -57,7 +57,7 @@ def predict(
     from wasi_edge.inference.predict import iter_photos, predict_paths
     from wasi_edge.models.locate import resolve_classifier
 
-    classifier = open_classifier(resolve_classifier(model), backend, threads)
+    classifier = open_classifier(resolve_classifier(model), backend, threads, console.say)
     top_k = min(top_k, len(classifier.labels))
     with console.progress_bar("photos", shown=not sys.stdout.isatty()) as progress:
         photos = iter_photos(paths, exclude=sort_into)

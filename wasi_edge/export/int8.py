@@ -24,6 +24,7 @@ import numpy as np
 from wasi_edge.artefact import Artefact
 from wasi_edge.atomic import replacing, scratch
 from wasi_edge.errors import ArtefactError, NoUsableData, UnreadablePhoto, UsageError
+from wasi_edge.export.check import LOOSE_TOLERANCE, oblong_picture
 from wasi_edge.export.model import write_onnx
 from wasi_edge.export.network import between_factors
 from wasi_edge.export.photos import Photo, RunPhotos
@@ -32,6 +33,7 @@ from wasi_edge.inference.onnx_metadata import OnnxMetadata
 from wasi_edge.inference.predict import decoded_views
 from wasi_edge.memory.hardware import integer_instructions
 from wasi_edge.preprocess import normalise
+from wasi_edge.preprocessing import Preprocessing
 
 CALIBRATION_PHOTOS = 64
 _BALANCE = 0.7
@@ -59,7 +61,7 @@ def write_int8(
     except ImportError as error:
         raise UsageError('--int8 needs ONNX Runtime, an extra: pip install "wasi-edge[onnxruntime]"') from error
     # beside the target: the system's folder for temporary files may be memory
-    with scratch(out, ".plain") as plain, scratch(out, ".int8") as rounded:
+    with scratch(out, ".plain") as plain, scratch(out, ".int8") as rounded, scratch(out, ".plain-inferred"):
         on_stage("looking at training photos")
         divisors = _divisors(artefact, plain, photos.train, threads)
         on_stage("rounding")
@@ -69,8 +71,10 @@ def write_int8(
         record = _measured(OnnxClassifier(plain, threads), OnnxClassifier(rounded, threads), photos.val)
         _refuse(record, max_drop)
         if with_preprocessing:
+            answers = OnnxClassifier(rounded, threads).probabilities
             metadata = write_onnx(artefact, plain, True, divisors)
             quantise(plain, rounded)
+            _compare_photos(artefact.config.preprocessing, open_session(rounded, threads), answers)
         _write_with(replace(metadata, quantisation=record), rounded, out)
     return record
 
@@ -102,6 +106,14 @@ def _divisors(artefact: Artefact, path: Path, photos: Sequence[Photo], threads: 
         )
         divisors[linear] = np.exp(logs - logs.mean()).astype(np.float32)
     return divisors
+
+
+def _compare_photos(preprocessing: Preprocessing, session: Any, answers: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Raises ArtefactError where the graph with preprocessing answers otherwise than the one without."""
+    picture, view = oblong_picture(preprocessing)
+    found, expected = session.run(None, {"photos": picture[None]})[0], answers(view[None])
+    if not np.abs(found - expected).max() <= LOOSE_TOLERANCE:
+        raise ArtefactError("photos are prepared wrongly within the graph here; export without --with-preprocessing")
 
 
 def quantise(source: Path, target: Path) -> None:

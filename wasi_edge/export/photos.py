@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from wasi_edge.artefact import read_json_object
 from wasi_edge.atomic import write_json_atomic
-from wasi_edge.errors import NoUsableData
+from wasi_edge.errors import ArtefactError, NoUsableData
 
 PHOTOS_NAME = "photos.json"
 
@@ -29,7 +30,7 @@ class RunPhotos(NamedTuple):
 
 def write_run_photos(folder: Path, root: Path, train: Sequence[Photo], val: Sequence[Photo]) -> None:
     """Note them in the run `folder`; paths are kept below `root`, the folder that was trained on."""
-    values: dict[str, Any] = {"root": str(root.absolute())}
+    values: dict[str, Any] = {"root": os.path.abspath(root)}
     for part, photos in (("train", train), ("val", val)):
         values[part] = [[_below(photo.path, root), photo.label] for photo in photos]
     write_json_atomic(folder / PHOTOS_NAME, values)
@@ -41,19 +42,20 @@ def read_run_photos(folder: Path, root: Path | None = None) -> RunPhotos:
     if not path.is_file():
         raise NoUsableData(f"{folder} does not say which photos it was made from; only a run of `finetune` does")
     values = read_json_object(path)
-    where = Path(values["root"]) if root is None else root
-    parts = []
-    for part in ("train", "val"):
-        found = [Photo(where / name, label) for name, label in values[part]]
-        parts.append([photo for photo in found if photo.path.is_file()])
-        if not parts[-1]:
-            what = "held-out photos" if part == "val" else "training photos"
-            if not values[part]:
-                raise NoUsableData(f"{folder} held out no photos: nothing can be measured on them")
+    try:
+        where = Path(values["root"]) if root is None else root
+        noted = [[Photo(where / name, str(label)) for name, label in values[part]] for part in ("train", "val")]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtefactError(f"{path} is damaged ({error!r}): it cannot be said which photos were held out") from error
+    parts = [[photo for photo in part if photo.path.is_file()] for part in noted]
+    for what, listed, found in zip(("training photos", "held-out photos"), noted, parts, strict=True):
+        if not listed:
+            raise NoUsableData(f"{folder} has no {what}: nothing can be measured")
+        if not found:
             raise NoUsableData(f"none of the {what} of {folder} is in {where}; say where they are now: --photos DIR")
     return RunPhotos(*parts)
 
 
 def _below(path: Path, root: Path) -> str:
     """Text that JSON can hold; a name that is not UTF-8 will not be found again."""
-    return str(path.absolute().relative_to(root.absolute())).encode("utf-8", "replace").decode()
+    return os.path.relpath(path, root).encode("utf-8", "replace").decode()

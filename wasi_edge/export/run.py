@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from wasi_edge.artefact import open_artefact
+from wasi_edge.atomic import sweep_orphans
 from wasi_edge.errors import UsageError
-from wasi_edge.export.check import checked_export
+from wasi_edge.export.check import Check, checked_export
 from wasi_edge.export.graph import OPSET
 from wasi_edge.export.int8 import write_int8
 from wasi_edge.export.photos import read_run_photos
@@ -31,10 +32,11 @@ def export(
     """
     if out.suffix.lower() != ".onnx":
         raise UsageError(f"{out}: expected a name that ends in .onnx")
-    quantised, check = None, None
+    quantised, check = None, Check(None, None, "eight bits are compared by accuracy, on the run's photos")
     with open_artefact(folder) as artefact:
         seen = read_run_photos(folder, photos) if int8 else None
         out.parent.mkdir(parents=True, exist_ok=True)
+        sweep_orphans(out.parent)
         if seen is not None:
             quantised = write_int8(artefact, out, seen, max_drop, with_preprocessing, threads, on_stage)
         else:
@@ -45,6 +47,6 @@ def export(
         "file_bytes": out.stat().st_size,
         "opset": OPSET,
         "with_preprocessing": with_preprocessing,
-        **({} if check is None else check.to_dict()),
+        **check.to_dict(),
         "int8": quantised,
     }

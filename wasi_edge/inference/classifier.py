@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,9 +40,14 @@ class Backend(enum.StrEnum):
     TORCH = "torch"
 
 
-def open_classifier(model: Path, backend: Backend = Backend.AUTO, threads: int | None = None) -> Classifier:
+def open_classifier(
+    model: Path,
+    backend: Backend = Backend.AUTO,
+    threads: int | None = None,
+    on_message: Callable[[str], None] = lambda text: None,
+) -> Classifier:
     """The model in a folder, or in an exported file. `auto` takes ONNX Runtime where it is installed and the folder's
-    `model.onnx` is of the weights beside it, else torch.
+    `model.onnx` is of the weights beside it, else torch; where that file cannot be used, `on_message` hears why.
 
     UsageError for a backend that is not there, ArtefactError for a bad model.
     """
@@ -50,20 +56,32 @@ def open_classifier(model: Path, backend: Backend = Backend.AUTO, threads: int |
             raise UsageError(f"{model} is an exported file, which torch cannot run: name the run that it was made from")
         return _open_onnx(model, threads)
     path = model / ONNX_NAME
-    if backend is Backend.ONNX and not path.is_file():
-        raise UsageError(f"{model} has no {ONNX_NAME}; make it: wasi-edge export {model} {path}")
-    has_runtime = importlib.util.find_spec("onnxruntime") is not None
-    if backend is Backend.ONNX or (backend is Backend.AUTO and has_runtime and path.is_file()):
-        found = _open_onnx(path, threads)
-        if found.metadata.weights == _fingerprint(model):
-            return found
-        if backend is Backend.ONNX:
-            raise ArtefactError(
-                f"{path} is of other weights than those beside it; make it again: wasi-edge export {model} {path}"
-            )
+    if backend is Backend.ONNX:
+        if not path.is_file():
+            raise UsageError(f"{model} has no {ONNX_NAME}; make it: wasi-edge export {model} {path}")
+        return _open_current(model, threads)
+    if backend is Backend.AUTO and importlib.util.find_spec("onnxruntime") is not None and path.is_file():
+        try:
+            return _open_current(model, threads)
+        except (ArtefactError, UsageError) as error:
+            on_message(f"torch is taken: {error}")
     from wasi_edge.inference.torch_backend import TorchClassifier
 
-    return TorchClassifier(model)
+    return TorchClassifier(model, threads)
+
+
+def _open_current(folder: Path, threads: int | None) -> OnnxClassifier:
+    """The folder's exported model. Raises ArtefactError where it is of other weights than those beside it."""
+    from wasi_edge.artefact import fingerprint, open_artefact
+
+    with open_artefact(folder) as artefact:
+        weights, path = fingerprint(artefact), folder / ONNX_NAME
+    found = _open_onnx(path, threads)
+    if found.metadata.weights != weights:
+        raise ArtefactError(
+            f"{path} is of other weights than those beside it; make it again: wasi-edge export {folder} {path}"
+        )
+    return found
 
 
 def _open_onnx(path: Path, threads: int | None) -> OnnxClassifier:
@@ -73,10 +91,3 @@ def _open_onnx(path: Path, threads: int | None) -> OnnxClassifier:
     classifier = OnnxClassifier(path, count_threads(threads))
     reuse_freed_memory(any_size=True)
     return classifier
-
-
-def _fingerprint(folder: Path) -> str:
-    from wasi_edge.artefact import fingerprint, open_artefact
-
-    with open_artefact(folder) as artefact:
-        return fingerprint(artefact)

@@ -21,7 +21,7 @@ from wasi_edge.errors import NoUsableData, UnreadablePhoto
 from wasi_edge.inference.classifier import Classifier
 from wasi_edge.inference.predict import classified
 
-_WRONG_KEPT, _RIGHT_KEPT, _MOST_LISTED = 40, 4, 10
+_WRONG_KEPT, _RIGHT_KEPT, _RIGHT_SHOWN, _MOST_LISTED = 12, 2, 12, 10
 OnProgress = Callable[[int, int], None]
 
 
@@ -51,8 +51,10 @@ class Gallery:
 
     @property
     def answers(self) -> list[Answer]:
-        """All that are kept."""
-        return [*self.wrong, *itertools.chain.from_iterable(self._right.values())]
+        """Those to show: the mistakes, and right ones of every class in turn."""
+        turns = itertools.zip_longest(*self._right.values())
+        right = [answer for turn in turns for answer in turn if answer is not None]
+        return [*self.wrong, *right[:_RIGHT_SHOWN]]
 
 
 def evaluate_folder(

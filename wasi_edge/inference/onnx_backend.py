@@ -60,5 +60,5 @@ def open_session(path: str | Path, threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base that is public
-        reason = str(error).splitlines()[0][:200]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ArtefactError(f"{path}: ONNX Runtime cannot run it ({reason}); export it again") from error

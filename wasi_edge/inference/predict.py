@@ -32,6 +32,7 @@ from wasi_edge.preprocessing import Preprocessing
 DECODERS = 2
 # pictures waiting for the classifier; each is 100 to 200 kB
 _DECODED_TOGETHER = 8
+_ANNOUNCED = 16
 STDIN = "-"
 UNSURE = "unsure"
 
@@ -82,7 +83,7 @@ def _walk(root: Path, skip: tuple[int, int] | None) -> Iterator[Path]:
             continue
         entered.add(identity)
         waiting += [child for child in reversed(children) if is_folder(child) and not is_foreign(child)]
-        yield from (child for child in children if _is_photo(child) and not is_folder(child))
+        yield from _announced([child for child in children if _is_photo(child) and not is_folder(child)])
 
 
 def _is_photo(path: Path) -> bool:
@@ -110,17 +111,22 @@ def decoded_views(
     with ThreadPoolExecutor(max_workers=DECODERS, thread_name_prefix="decode") as pool:
         chosen = list(itertools.islice(waiting, group))
         while chosen:
-            views = list(pool.map(read, chosen))
-            following = list(itertools.islice(waiting, group))
-            for path in following:
-                _announce(path)
-            yield from zip(chosen, views, strict=True)
-            chosen = following
+            yield from zip(chosen, list(pool.map(read, chosen)), strict=True)
+            chosen = list(itertools.islice(waiting, group))
+
+
+def _announced(paths: Sequence[Path]) -> Iterator[Path]:
+    """The paths, of which the system begins to read the next ones from the card while the processor computes."""
+    for path in paths[:_ANNOUNCED]:
+        _announce(path)
+    for number, path in enumerate(paths):
+        if number + _ANNOUNCED < len(paths):
+            _announce(paths[number + _ANNOUNCED])
+        yield path
 
 
 def _announce(path: Path) -> None:
-    """Have the system read a file from the card while the processor computes."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)

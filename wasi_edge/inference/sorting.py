@@ -23,7 +23,7 @@ def copy_into(root: Path, label: str, photo: Path) -> Path:
         try:
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
-            if target.is_file() and filecmp.cmp(target, photo, shallow=False):
+            if not target.is_symlink() and target.is_file() and filecmp.cmp(target, photo, shallow=False):
                 return target
             continue
         try:

@@ -28,8 +28,11 @@ class TorchClassifier:
 
     batch = 8
 
-    def __init__(self, folder: str | Path) -> None:
-        """Read the model folder. Raises ArtefactError where it is damaged or has no classifier."""
+    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+        """Read the model folder. `threads`: of torch, from here on; None leaves them as they are. Raises ArtefactError
+        where the model is damaged or has no classifier."""
+        if threads is not None:
+            torch.set_num_threads(threads)
         with open_artefact(folder) as artefact:
             config, tensors = artefact.config, artefact.tensors
             if config.num_classes is None:

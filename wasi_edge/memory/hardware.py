@@ -36,10 +36,10 @@ def hardware(proc: Path = Path("/proc"), system: Path = SYSTEM) -> dict[str, Any
     """
     return {
         "machine": platform.machine(),
-        "cpu": _cpu_name(proc),
+        "cpu": cpu_name(proc),
         "cores": physical_cores(system),
         "memory_bytes": _memory_bytes(),
-        "board": _read_text(proc / "device-tree" / "model"),
+        "board": read_text(proc / "device-tree" / "model"),
         "temperature_celsius": temperature_celsius(system),
         "throttled": throttled(),
     }
@@ -47,7 +47,7 @@ def hardware(proc: Path = Path("/proc"), system: Path = SYSTEM) -> dict[str, Any
 
 def integer_instructions(proc: Path = Path("/proc")) -> str | None:
     """The best that the CPU has for products of 8-bit integers; None where it does not say."""
-    text = _read_text(proc / "cpuinfo") or ""
+    text = read_text(proc / "cpuinfo") or ""
     line = next((line for line in text.splitlines() if line.lower().startswith(("flags", "features"))), "")
     flags = set(line.partition(":")[2].split())
     return next((name for flag, name in _INTEGER_FLAGS.items() if flag in flags), None)
@@ -70,7 +70,7 @@ def physical_cores(system: Path = SYSTEM) -> int:
         return os.cpu_count() or 1
     cpus = os.sched_getaffinity(0)
     topology = (system / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in cpus)
-    siblings = [_read_text(path) or path.parts[-3] for path in topology]
+    siblings = [read_text(path) or path.parts[-3] for path in topology]
     return max(1, len(set(siblings)))
 
 
@@ -78,9 +78,9 @@ def temperature_celsius(system: Path = SYSTEM) -> float | None:
     """Temperature of the CPU; of the hottest sensor where none is known as the CPU's."""
     readings: dict[str, float] = {}
     for zone in sorted((system / "class" / "thermal").glob("thermal_zone*")):
-        text = _read_text(zone / "temp")
+        text = read_text(zone / "temp")
         if text is not None and re.fullmatch(r"-?\d+", text):
-            readings.setdefault(_read_text(zone / "type") or zone.name, int(text) / 1000)
+            readings.setdefault(read_text(zone / "type") or zone.name, int(text) / 1000)
     of_cpu = [readings[name] for name in _CPU_SENSORS if name in readings]
     return of_cpu[0] if of_cpu else max(readings.values(), default=None)
 
@@ -104,7 +104,7 @@ def throttled() -> dict[str, Any] | None:
 
 def governor(system: Path = SYSTEM) -> str | None:
     """What governs the clock of the first CPU, such as 'ondemand' or 'performance'; None where nothing says so."""
-    return _read_text(system / "devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    return read_text(system / "devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
 def power_watts() -> float | None:
@@ -130,8 +130,9 @@ def _firmware(question: str) -> str | None:
         return None
 
 
-def _cpu_name(proc: Path) -> str | None:
-    text = _read_text(proc / "cpuinfo") or ""
+def cpu_name(proc: Path = Path("/proc")) -> str | None:
+    """The processor's name; of ARM cores, what their part numbers mean."""
+    text = read_text(proc / "cpuinfo") or ""
     match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     if match:
         return match[1].strip()
@@ -148,7 +149,7 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def _read_text(path: Path) -> str | None:
+def read_text(path: Path) -> str | None:
     """The file's text without the blanks and NULs around it; None where it cannot be read."""
     try:
         return path.read_text(errors="replace").strip("\0 \n\t") or None

@@ -336,7 +336,7 @@ def export_table(result: Mapping[str, Any]) -> RenderableType:
     rows = [("file", f"{printable(result['out'])}, {format_size(result['file_bytes'])}, opset {result['opset']}")]
     if (difference := finite(result.get("logit_difference"))) is not None:
         rows.append(("difference to torch", f"{difference:.1e} of the largest answer, by {result['compared_by']}"))
-    elif reason := result.get("not_compared"):
+    elif (reason := result.get("not_compared")) and not result.get("int8"):
         rows.append(("difference to torch", f"not measured: {reason}"))
     if int8 := result.get("int8"):
         photos = counted(int8["num_val_images"], "held-out photo")
@@ -347,6 +347,16 @@ def export_table(result: Mapping[str, Any]) -> RenderableType:
         rows.append(("this CPU has", str(int8["cpu"] or "no integer instructions that it names")))
     rows.append(("peak memory", format_size(result["peak_rss_bytes"])))
     return _pairs(rows)
+
+
+def doctor_table(findings: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """One line a finding, its remedy below it."""
+    table = _table(("", "left"), ("what", "left"), ("found", "left"))
+    for finding in findings:
+        _add(table, finding["status"], finding["check"], finding["found"])
+        if finding["remedy"]:
+            _add(table, "", "", f"-> {finding['remedy']}")
+    return table
 
 
 def info_table(info: Mapping[str, Any]) -> RenderableType:

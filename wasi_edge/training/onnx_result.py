@@ -6,6 +6,7 @@ with answers that the trained network gave before, in a second process where the
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,6 @@ import numpy as np
 
 from wasi_edge.artefact import open_artefact
 from wasi_edge.atomic import write_json_atomic
-from wasi_edge.errors import WasiEdgeError
 from wasi_edge.inference.onnx_metadata import ONNX_NAME
 from wasi_edge.memory.libraries import release_library_pages
 from wasi_edge.memory.malloc import release_free_memory
@@ -46,9 +46,11 @@ def add_onnx(report: dict[str, Any], out: Path, sample: Sample, watch: MemoryWat
         if check.difference is None:
             again = f"wasi-edge export {out} {out / ONNX_NAME}"
             events.message(f"{ONNX_NAME} is written, not compared with the model: {check.reason}; {again} compares")
-    except (WasiEdgeError, OSError) as error:
+    except Exception as error:  # nothing that goes wrong here may cost a run that is complete
+        with contextlib.suppress(OSError):
+            (out / ONNX_NAME).unlink(missing_ok=True)  # of an earlier stop, and so of other weights
         found = {"file": None, "error": str(error)}
-        events.message(f"no {ONNX_NAME}: {error}; the run is complete without it")
+        events.message(f"no {ONNX_NAME}: {error or type(error).__name__}; the run is complete without it")
     report = {
         **report,
         "onnx": found,

@@ -196,7 +196,8 @@ class Session:
         """A few photos and what the network answers to them."""
         photos = self._held_out if len(self._held_out) else self._photos
         chosen = range(min(_SAMPLE_PHOTOS, photos.batch, len(photos)))
-        rounded = bool(self._prepared.plan.cached_views)
+        plan = self._prepared.plan
+        rounded = bool(plan.cached_views) or plan.weight_bits == 16
         return Sample(photos.views(chosen), None if rounded else trainer.logits(photos.inputs(chosen)).numpy().copy())
 
     def _photos_of(self, photos: PhotoSet) -> list[Photo]:
