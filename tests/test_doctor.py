@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from test_finetune import run
 
+from wasi_edge.cli.progress import Heat
 from wasi_edge.doctor import software
 from wasi_edge.doctor.finding import Status
 from wasi_edge.doctor.machine import Machine, examine_machine
@@ -165,6 +166,23 @@ def test_32_bit_programs_and_a_preloaded_jemalloc_are_bad(tmp_path):
 def test_an_empty_machine_is_no_crash(tmp_path):
     lines = found(Machine(tmp_path, tmp_path, tmp_path, 4096, "riscv64", 64, lambda: None))
     assert lines["memory"][0] == "warning"
+
+
+def test_a_running_pi_shows_its_heat_and_asks_the_firmware_rarely(monkeypatch):
+    asked, now = [], [0.0]
+    monkeypatch.setattr("wasi_edge.cli.progress.time.monotonic", lambda: now[0])
+
+    def firmware():
+        asked.append(now[0])
+        return {"raw": "0x4", "now": ["throttled"] if len(asked) > 2 else [], "since_boot": []}
+
+    heat = Heat(lambda: 61.4, firmware)
+    assert heat.text() == "61 °C"
+    now[0] = 5.0
+    assert heat.text() == "61 °C" and len(asked) == 2
+    now[0] = 10.5
+    assert heat.text() == "61 °C, throttled"
+    assert Heat(lambda: 61.4, lambda: None).text() == ""  # no Raspberry Pi
 
 
 # ---- software ----------------------------------------------------------------------------------

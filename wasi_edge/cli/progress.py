@@ -10,9 +10,10 @@ this run really has.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -21,12 +22,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from wasi_edge.cli.console import is_lively
+from wasi_edge.memory.hardware import temperature_celsius, throttled
 from wasi_edge.memory.process import total_memory
 from wasi_edge.report.svg import finite, printable
 from wasi_edge.report.terminal import percent, plan_table
 from wasi_edge.units import format_duration, format_size
 
 _BAR_WIDTH = 16
+_FIRMWARE_SECONDS = 10.0
 
 
 class RemainingTime:
@@ -58,14 +61,35 @@ class RemainingTime:
         return f"about {format_duration(left)} left" if left > 0 else ""
 
 
+class Heat:
+    """How hot a Raspberry Pi is and whether it slows down for that; nothing on other machines."""
+
+    def __init__(
+        self,
+        temperature: Callable[[], float | None] = temperature_celsius,
+        throttling: Callable[[], dict[str, Any] | None] = throttled,
+    ) -> None:
+        self._temperature, self._throttling = temperature, throttling
+        self._looked_at, self._state = -math.inf, throttling()
+
+    def text(self) -> str:
+        """ "61 °C", with what the firmware does about it now."""
+        if self._state is None:
+            return ""
+        if time.monotonic() - self._looked_at >= _FIRMWARE_SECONDS:  # asking it starts a process
+            self._looked_at, self._state = time.monotonic(), self._throttling() or self._state
+        degrees = self._temperature()
+        return ", ".join([*([] if degrees is None else [f"{degrees:.0f} °C"]), *self._state["now"]])
+
+
 class _Live(ProgressColumn):
-    """Memory of the run beside its budget, if it has one, and the time left; looked up once a second."""
+    """Memory of the run beside its budget, if it has one, heat, and the time left; looked up once a second."""
 
     max_refresh = 1.0
 
     def __init__(self, budget_bytes: int | None, remaining: RemainingTime) -> None:
         super().__init__()
-        self._budget_bytes, self._remaining = budget_bytes, remaining
+        self._budget_bytes, self._remaining, self._heat = budget_bytes, remaining, Heat()
 
     def render(self, task: Task) -> Text:
         """For every task the same."""
@@ -73,7 +97,10 @@ class _Live(ProgressColumn):
         if self._budget_bytes is None:
             return Text(f"{used / 2**20:.0f} MB")
         memory = f"{used / 2**20:.0f}/{format_size(self._budget_bytes)}"
-        return Text.assemble((memory, "red" if used > self._budget_bytes else ""), "  ", self._remaining.text())
+        parts = (self._heat.text(), self._remaining.text())
+        return Text.assemble(
+            (memory, "red" if used > self._budget_bytes else ""), *(f"  {part}" for part in parts if part)
+        )
 
 
 class RichEvents:
