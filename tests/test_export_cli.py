@@ -268,6 +268,10 @@ def test_evaluate_leaves_a_page(finished, tmp_path):
     assert len(result["most_wrong"]) == min(10, wrong) and sum(c["count"] for c in result["most_confused"]) == wrong
     again = run("evaluate", out, photos, "--out", tmp_path / "e")
     assert again.returncode == 2 and "is not empty" in again.stderr
+    assert result["num_trained_on"] == finished[2]["num_train_images"] and "were trained on" in done.stderr
+    shutil.copytree(photos, tmp_path / "others")
+    others = json.loads(run("evaluate", out, tmp_path / "others", "--json").stdout)
+    assert others["num_trained_on"] == 0
 
 
 def test_evaluate_survives_names_that_are_no_text(finished, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from wasi_edge.cli import console
 from wasi_edge.cli.options import require_empty
-from wasi_edge.errors import UnreadablePhoto
+from wasi_edge.errors import UnreadablePhoto, WasiEdgeError
 from wasi_edge.inference.classifier import Backend, Classifier, open_classifier
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ def evaluate(
     from wasi_edge.inference.evaluate import Gallery, evaluate_folder
     from wasi_edge.models.locate import resolve_classifier
 
-    classifier = open_classifier(resolve_classifier(model), backend, threads, console.say)
+    folder = resolve_classifier(model)
+    classifier = open_classifier(folder, backend, threads, console.say)
     with console.progress_bar("photos") as progress:
         gallery = Gallery()
-        result = evaluate_folder(classifier, photos, progress, console.say, gallery)
+        result = evaluate_folder(classifier, photos, progress, console.say, gallery, _trained_on(folder))
     if out is not None:
         _write_report(out, {"model": model, "photos": str(photos), **result}, gallery, classifier)
     if as_json:
@@ -48,6 +50,15 @@ def evaluate(
         console.stdout_console().print(f"report: {out / 'report.html'}", markup=False)
     if skipped := len(result["skipped_files"]):
         console.say(f"{skipped} files were left out; --json lists them with the reasons")
+
+
+def _trained_on(model: Path) -> set[Path]:
+    """The photos that a run was trained on, as far as it says so and they are still there."""
+    from wasi_edge.export.photos import read_run_photos
+
+    with contextlib.suppress(WasiEdgeError):
+        return {Path(os.path.abspath(photo.path)) for photo in read_run_photos(model).train}
+    return set()
 
 
 def _write_report(out: Path, result: dict[str, Any], gallery: Gallery, classifier: Classifier) -> None:

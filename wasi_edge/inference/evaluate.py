@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,9 +63,11 @@ def evaluate_folder(
     on_progress: OnProgress | None = None,
     on_message: Callable[[str], None] | None = None,
     gallery: Gallery | None = None,
+    trained_on: Collection[Path] = (),
 ) -> dict[str, Any]:
     """Scores as in `metrics.scores`; `most_confused` (true, predicted, count), `most_wrong` (path, true, predicted,
     probability) with the surest mistake first, and `skipped_files` (path, reason). `gallery` notes photos to show.
+    `num_trained_on` counts those of `trained_on` (absolute paths), which flatter the figures.
 
     `on_progress(done, all)` counts photos. Raises NoUsableData where no photo belongs to a class the model
     knows.
@@ -87,6 +89,9 @@ def evaluate_folder(
     skipped += unknown
     if unknown:
         say(f"{len(unknown)} photos are left out: the model does not know their class")
+    seen = sum(Path(os.path.abspath(photo.path)) in trained_on for photo in photos)
+    if seen:
+        say(f"{seen} of the {len(photos)} photos were trained on: the figures are better than new photos would give")
     number = {label: index for index, label in enumerate(classifier.labels)}
     confusion = np.zeros((len(number), len(number)), dtype=np.int64)
     results = classified(classifier, [photo.path for photo in photos])
@@ -105,6 +110,7 @@ def evaluate_folder(
     listed = [{"path": entry.path, "reason": entry.reason} for entry in skipped]
     return {
         **scores(confusion, classifier.labels),
+        "num_trained_on": seen,
         "most_confused": _most_confused(confusion, classifier.labels),
         "most_wrong": [
             {"path": str(answer.path), **{key: getattr(answer, key) for key in ("true", "predicted", "probability")}}
