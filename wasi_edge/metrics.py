@@ -57,3 +57,9 @@ def scores(confusion: ArrayLike, labels: Sequence[str]) -> dict[str, Any]:
 
 def _share(part: np.integer[Any], whole: np.integer[Any]) -> float | None:
     return float(part / whole) if whole else None
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """(B, C) -> shares that sum to 1 in every row, in the same dtype."""
+    shares = np.exp(logits - logits.max(1, keepdims=True))
+    return shares / shares.sum(1, keepdims=True)

@@ -53,11 +53,11 @@ def evaluate(
 
 
 def _trained_on(model: Path) -> set[Path]:
-    """The photos that a run was trained on, as far as it says so and they are still there."""
-    from wasi_edge.export.photos import read_run_photos
+    """The photos that a run was trained on, as far as it says so."""
+    from wasi_edge.export.photos import noted_photos
 
     with contextlib.suppress(WasiEdgeError):
-        return {Path(os.path.abspath(photo.path)) for photo in read_run_photos(model).train}
+        return {Path(os.path.abspath(photo.path)) for photo in noted_photos(model).train}
     return set()
 
 

@@ -12,13 +12,14 @@ from PIL import Image
 from wasi_edge.artefact import Artefact
 from wasi_edge.atomic import drafted
 from wasi_edge.errors import ArtefactError
-from wasi_edge.export.answers import REFERENCE, answers_of, runner, sample_views
+from wasi_edge.export.answers import REFERENCE, RUNTIME, answers_of, runner, sample_views
 from wasi_edge.export.model import write_onnx
+from wasi_edge.metrics import softmax
 from wasi_edge.preprocess import center_view, normalise, shrink
 from wasi_edge.preprocessing import Preprocessing
 
 # measured: resident memory of the child, whose libraries and buffers come to `_BASE`, over the file's size
-_BASE_BYTES, _BYTES_PER_FILE_BYTE = 90 * 2**20, {"runtime": 1.6, "reference": 4.2}
+_BASE_BYTES, _BYTES_PER_FILE_BYTE = 90 * 2**20, {RUNTIME: 1.6, REFERENCE: 4.2}
 # onnx's evaluator keeps every value of the network and several copies of its weights
 _LARGEST_FOR_REFERENCE = 80 * 2**20
 _PICTURES = 3
@@ -57,8 +58,8 @@ def checked_export(artefact: Artefact, out: Path, with_preprocessing: bool = Fal
         if not with_preprocessing:
             return compare(draft, normalise(np.stack(views), preprocessing), np.stack(expected))
         # a resize rounds otherwise than Pillow: that is compared apart
-        compare(draft, oblong[None], _softmax(expected_oblong[None]), tolerance=LOOSE_TOLERANCE)
-        return compare(draft, pictures, _softmax(np.stack(expected)))
+        compare(draft, oblong[None], softmax(expected_oblong[None]), tolerance=LOOSE_TOLERANCE)
+        return compare(draft, pictures, softmax(np.stack(expected)))
 
 
 def oblong_picture(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
@@ -92,8 +93,7 @@ def compare(
     by, size = runner(), path.stat().st_size
     if by == REFERENCE and size > _LARGEST_FOR_REFERENCE:
         return Check(None, None, 'without ONNX Runtime this takes much memory: pip install "wasi-edge[onnxruntime]"')
-    factor = _BYTES_PER_FILE_BYTE["reference" if by == REFERENCE else "runtime"]
-    if available_bytes is not None and _BASE_BYTES + factor * size > available_bytes:
+    if available_bytes is not None and _BASE_BYTES + _BYTES_PER_FILE_BYTE[by] * size > available_bytes:
         return Check(None, None, "the budget has no room for a second process that holds the model")
     found = float(np.abs(answers_of("onnx", path, inputs) - expected).max() / np.abs(expected).max())
     if not found <= tolerance:
@@ -102,8 +102,3 @@ def compare(
             "computes it wrongly here; please report it"
         )
     return Check(found, by)
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    shares = np.exp(logits - logits.max(1, keepdims=True))
-    return shares / shares.sum(1, keepdims=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -89,9 +89,7 @@ def _divisors(artefact: Artefact, path: Path, photos: Sequence[Photo], threads: 
     largest: dict[str, np.ndarray] = {}
     preprocessing = artefact.config.preprocessing
     step = max(1, len(photos) // CALIBRATION_PHOTOS)
-    for _, view in decoded_views((photo.path for photo in photos[::step]), preprocessing, 4):
-        if isinstance(view, UnreadablePhoto):
-            continue
+    for _, view in _readable(photos[::step], preprocessing):
         found = session.run(list(values.values()), {"pixels": normalise(view[None], preprocessing)})
         for linear, value in zip(values, found, strict=True):
             ranges = np.abs(value).reshape(-1, value.shape[-1]).max(0)
@@ -106,6 +104,14 @@ def _divisors(artefact: Artefact, path: Path, photos: Sequence[Photo], threads: 
         )
         divisors[linear] = np.exp(logs - logs.mean()).astype(np.float32)
     return divisors
+
+
+def _readable(photos: Sequence[Photo], preprocessing: Preprocessing) -> Iterator[tuple[str, np.ndarray]]:
+    """(class, view) of each photo that can be read."""
+    views = decoded_views((photo.path for photo in photos), preprocessing, 4)
+    for photo, (_, view) in zip(photos, views, strict=True):
+        if not isinstance(view, UnreadablePhoto):
+            yield photo.label, view
 
 
 def _compare_photos(preprocessing: Preprocessing, session: Any, answers: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -141,13 +147,10 @@ def quantise(source: Path, target: Path) -> None:
 def _measured(before: OnnxClassifier, after: OnnxClassifier, photos: Sequence[Photo]) -> dict[str, Any]:
     hits, count = {"before": 0, "after": 0}, 0
     timed: list[np.ndarray] = []
-    labels = {photo.path: photo.label for photo in photos}
-    for path, view in decoded_views(labels, before.preprocessing, 4):
-        if isinstance(view, UnreadablePhoto):
-            continue
+    for label, view in _readable(photos, before.preprocessing):
         count += 1
         for key, classifier in (("before", before), ("after", after)):
-            hits[key] += classifier.labels[int(classifier.logits(view[None])[0].argmax())] == labels[path]
+            hits[key] += classifier.labels[int(classifier.logits(view[None])[0].argmax())] == label
         timed = timed or [view[None]]
     if not count:
         raise NoUsableData("none of the run's held-out photos can be read any more")

@@ -36,17 +36,16 @@ def write_run_photos(folder: Path, root: Path, train: Sequence[Photo], val: Sequ
     write_json_atomic(folder / PHOTOS_NAME, values)
 
 
+def noted_photos(folder: Path) -> RunPhotos:
+    """Those that the run `folder` names, there or not. NoUsableData where it names none, ArtefactError where its list
+    is damaged."""
+    return _noted(folder, None)[1]
+
+
 def read_run_photos(folder: Path, root: Path | None = None) -> RunPhotos:
-    """Those that are still there, below `root` if they have moved. NoUsableData where none are noted or found."""
-    path = folder / PHOTOS_NAME
-    if not path.is_file():
-        raise NoUsableData(f"{folder} does not say which photos it was made from; only a run of `finetune` does")
-    values = read_json_object(path)
-    try:
-        where = Path(values["root"]) if root is None else root
-        noted = [[Photo(where / name, str(label)) for name, label in values[part]] for part in ("train", "val")]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtefactError(f"{path} is damaged ({error!r}): it cannot be said which photos were held out") from error
+    """Those that are still there, below `root` if they have moved. NoUsableData where of a part none are noted or
+    found; else as `noted_photos`."""
+    where, noted = _noted(folder, root)
     parts = [[photo for photo in part if photo.path.is_file()] for part in noted]
     for what, listed, found in zip(("training photos", "held-out photos"), noted, parts, strict=True):
         if not listed:
@@ -54,6 +53,20 @@ def read_run_photos(folder: Path, root: Path | None = None) -> RunPhotos:
         if not found:
             raise NoUsableData(f"none of the {what} of {folder} is in {where}; say where they are now: --photos DIR")
     return RunPhotos(*parts)
+
+
+def _noted(folder: Path, root: Path | None) -> tuple[Path, RunPhotos]:
+    """Where the photos lie, below `root` if that is given, and which they are."""
+    path = folder / PHOTOS_NAME
+    if not path.is_file():
+        raise NoUsableData(f"{folder} does not say which photos it was made from; only a run of `finetune` does")
+    values = read_json_object(path)
+    try:
+        where = Path(values["root"]) if root is None else root
+        parts = ([Photo(where / name, str(label)) for name, label in values[part]] for part in ("train", "val"))
+        return where, RunPhotos(*parts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtefactError(f"{path} is damaged ({error!r}): it cannot be said which photos were held out") from error
 
 
 def _below(path: Path, root: Path) -> str:

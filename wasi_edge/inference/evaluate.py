@@ -20,6 +20,7 @@ from wasi_edge.data.folder import Photo, SkippedFile, scan_folder
 from wasi_edge.errors import NoUsableData, UnreadablePhoto
 from wasi_edge.inference.classifier import Classifier
 from wasi_edge.inference.predict import classified
+from wasi_edge.metrics import confusion_matrix, scores
 
 _WRONG_KEPT, _RIGHT_KEPT, _RIGHT_SHOWN, _MOST_LISTED = 12, 2, 12, 10
 OnProgress = Callable[[int, int], None]
@@ -72,9 +73,6 @@ def evaluate_folder(
     `on_progress(done, all)` counts photos. Raises NoUsableData where no photo belongs to a class the model
     knows.
     """
-    # metrics has no torch either, but tests/test_imports.py does not list it as torch-free: hence imported late
-    from wasi_edge.metrics import confusion_matrix, scores
-
     say, gallery = on_message or (lambda text: None), gallery or Gallery()
     folder = scan_folder(
         photos_root, min_classes=1, min_photos_per_class=0, min_side=classifier.preprocessing.resize_side
@@ -112,10 +110,7 @@ def evaluate_folder(
         **scores(confusion, classifier.labels),
         "num_trained_on": seen,
         "most_confused": _most_confused(confusion, classifier.labels),
-        "most_wrong": [
-            {"path": str(answer.path), **{key: getattr(answer, key) for key in ("true", "predicted", "probability")}}
-            for answer in gallery.wrong[:_MOST_LISTED]
-        ],
+        "most_wrong": [{**answer._asdict(), "path": str(answer.path)} for answer in gallery.wrong[:_MOST_LISTED]],
         "skipped_files": listed,
     }
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from wasi_edge.errors import ArtefactError, UsageError
 from wasi_edge.inference.onnx_metadata import OnnxMetadata
+from wasi_edge.metrics import softmax
 from wasi_edge.preprocess import normalise
 
 
@@ -40,9 +41,7 @@ class OnnxClassifier:
 
     def probabilities(self, batch: np.ndarray) -> np.ndarray:
         """uint8 (B, S, S, 3) -> float32 (B, C), rows sum to 1."""
-        logits = self.logits(batch)
-        shares = np.exp(logits - logits.max(1, keepdims=True))
-        return shares / shares.sum(1, keepdims=True)
+        return softmax(self.logits(batch))
 
 
 def open_session(path: str | Path, threads: int) -> Any:
