@@ -94,6 +94,12 @@ def desk(root: Path, container: bool = False) -> Machine:
     return made
 
 
+def emulated(root: Path) -> Machine:
+    """What QEMU's user mode shows: ARM, and the /proc/cpuinfo of the machine below."""
+    made = desk(root, container=True)
+    return Machine(**{**vars(made), "architecture": "aarch64"})
+
+
 def found(made: Machine) -> dict[str, tuple[str, str]]:
     return {f.check: (str(f.status), f.found) for f in examine_machine(made)}
 
@@ -185,6 +191,11 @@ def test_a_running_pi_shows_its_heat_and_asks_the_firmware_rarely(monkeypatch):
     assert Heat(lambda: 61.4, lambda: None).text() == ""  # no Raspberry Pi
 
 
+def test_an_emulated_processor_is_called_one(tmp_path):
+    status, words = found(emulated(tmp_path))["processor"]
+    assert status == "warning" and words.startswith("aarch64 emulated on AMD EPYC, ")
+
+
 # ---- software ----------------------------------------------------------------------------------
 
 TORCH = {"version": "2.13.0+cpu", "cuda": None, "blas": "open", "onednn": True}
@@ -198,7 +209,7 @@ TORCH = {"version": "2.13.0+cpu", "cuda": None, "blas": "open", "onednn": True}
         ({**TORCH, "version": "2.5.1"}, "bad", "2.5.1"),
         ({**TORCH, "onednn": False}, "warning", "oneDNN: no"),
         ({**TORCH, "blas": None}, "warning", "BLAS: not named"),
-        (None, "bad", "cannot be imported"),
+        ("ImportError: libgomp.so.1", "bad", "cannot be imported: ImportError: libgomp.so.1"),
     ],
 )
 def test_how_torch_was_built(tmp_path, answer, status, words):

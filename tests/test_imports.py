@@ -35,7 +35,7 @@ ONLY_FROM = {
 }
 # No torch at any level. In `inference` everything but the torch backend, which others import late.
 TORCH_FREE = (
-    "planner", "data", "memory", "artefact", "tensorfile", "atomic", "preprocess", "errors", "units", "chunks", "keep",
+    "planner", "data", "memory", "artefact", "tensorfile", "atomic", "onnx_runtime", "preprocess", "errors", "units", "chunks", "keep",
     "method",
     "metrics", "preprocessing", "report", "inference", "subspace.ranks", "models.geometry", "api", "doctor",
     "models.geometry_swin", "models.keys", "models.keys_", "models.hub", "models.locate", "models.windows",
@@ -88,6 +88,12 @@ def _imports(path: Path) -> list[Import]:
 
 
 IMPORTS = {name: _imports(path) for name, path in MODULES.items()}
+
+
+def test_onnx_runtime_is_imported_where_its_reports_are_switched_off():
+    importers = {name for name, imports in IMPORTS.items() if any(i.module.startswith("onnxruntime") for i in imports)}
+    assert not importers, "use wasi_edge.onnx_runtime"
+    assert "import_onnxruntime" in (PACKAGE / "inference" / "onnx_backend.py").read_text()
 
 
 def _layers() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -217,6 +218,15 @@ def test_onnx_runtime_is_taken_where_there_is_an_exported_model(tmp_path):
     alone = open_classifier(folder / "model.onnx")
     assert alone.labels == list(LABELS)
     np.testing.assert_allclose(alone.probabilities(batch), by_torch, atol=1e-5)
+
+
+def test_predicting_leaves_no_identifier_and_no_queue_of_reports(tmp_path, user_state):
+    """ONNX Runtime would keep a device identifier and a database of what to send in the user's cache."""
+    folder, photos = exported(tmp_path), class_folders(tmp_path / "photos", {"a": 1})
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    command = [sys.executable, "-m", "wasi_edge", "predict", str(folder), str(photos), "--backend", "onnx"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert [path for path in user_state.rglob("*") if path.is_file()] == []
 
 
 def test_an_exported_model_of_other_weights_is_not_believed(tmp_path):

@@ -40,7 +40,7 @@ print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "bla
 
 
 def examine_software(
-    folder: Path, ask_torch: Callable[[], Mapping[str, Any] | None] | None = None
+    folder: Path, ask_torch: Callable[[], Mapping[str, Any] | str] | None = None
 ) -> Iterator[Finding]:
     """All findings; `folder` is where a run would be written."""
     yield _torch((ask_torch or _asked_torch)())
@@ -50,18 +50,19 @@ def examine_software(
     yield from _extras()
 
 
-def _asked_torch() -> Mapping[str, Any] | None:
+def _asked_torch() -> Mapping[str, Any] | str:
+    """What torch says of itself, or the last line of why it does not."""
     done = subprocess.run([sys.executable, "-c", _QUESTION], capture_output=True, text=True, check=False)
     try:
         found: Mapping[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        return None
+        return next(reversed(done.stderr.strip().splitlines()), f"exit status {done.returncode}")
     return found
 
 
-def _torch(found: Mapping[str, Any] | None) -> Finding:
-    if found is None:
-        return bad("torch", "it cannot be imported", f"install it again: {_INSTALL}")
+def _torch(found: Mapping[str, Any] | str) -> Finding:
+    if isinstance(found, str):
+        return bad("torch", f"it cannot be imported: {found}", f"install it again: {_INSTALL}")
     numbers = tuple(int(part) for part in str(found["version"]).split("+")[0].split(".")[:2] if part.isdecimal())
     built = f"{found['version']}, BLAS: {found['blas'] or 'not named'}, oneDNN: {'yes' if found['onednn'] else 'no'}"
     if numbers < (2, 6):

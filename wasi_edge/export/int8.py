@@ -23,7 +23,7 @@ import numpy as np
 
 from wasi_edge.artefact import Artefact
 from wasi_edge.atomic import replacing, scratch
-from wasi_edge.errors import ArtefactError, NoUsableData, UnreadablePhoto, UsageError
+from wasi_edge.errors import ArtefactError, NoUsableData, UnreadablePhoto
 from wasi_edge.export.check import LOOSE_TOLERANCE, oblong_picture
 from wasi_edge.export.model import write_onnx
 from wasi_edge.export.network import between_factors
@@ -32,6 +32,7 @@ from wasi_edge.inference.onnx_backend import OnnxClassifier, open_session
 from wasi_edge.inference.onnx_metadata import OnnxMetadata
 from wasi_edge.inference.predict import decoded_views
 from wasi_edge.memory.hardware import integer_instructions
+from wasi_edge.onnx_runtime import import_onnxruntime
 from wasi_edge.preprocess import normalise
 from wasi_edge.preprocessing import Preprocessing
 
@@ -56,10 +57,7 @@ def write_int8(
     Raises ArtefactError, and writes nothing, where more is lost than `max_drop` (a fraction) and two photos; UsageError
     without ONNX Runtime.
     """
-    try:
-        import onnxruntime.quantization  # noqa: F401  only to say early that it is missing
-    except ImportError as error:
-        raise UsageError('--int8 needs ONNX Runtime, an extra: pip install "wasi-edge[onnxruntime]"') from error
+    import_onnxruntime("--int8")  # here, to say early that it is missing
     # beside the target: the system's folder for temporary files may be memory
     with scratch(out, ".plain") as plain, scratch(out, ".int8") as rounded, scratch(out, ".plain-inferred"):
         on_stage("looking at training photos")
@@ -124,19 +122,19 @@ def _compare_photos(preprocessing: Preprocessing, session: Any, answers: Callabl
 
 def quantise(source: Path, target: Path) -> None:
     """The file `source` with products by weights in eight bits, as `target`."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    quantization = import_onnxruntime("--int8", "onnxruntime.quantization")
 
     # it advises, once a call, to preprocess the model in a way that holds it twice
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        quantize_dynamic(
+        quantization.quantize_dynamic(
             source,
             target,
             per_channel=True,
             reduce_range=True,
-            weight_type=QuantType.QInt8,
+            weight_type=quantization.QuantType.QInt8,
             op_types_to_quantize=["MatMul"],
             extra_options={"MatMulConstBOnly": True},
         )

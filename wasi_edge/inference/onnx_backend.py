@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from wasi_edge.errors import ArtefactError, UsageError
+from wasi_edge.errors import ArtefactError
 from wasi_edge.inference.onnx_metadata import OnnxMetadata
 from wasi_edge.metrics import softmax
+from wasi_edge.onnx_runtime import import_onnxruntime
 from wasi_edge.preprocess import normalise
 
 
@@ -47,10 +48,7 @@ class OnnxClassifier:
 def open_session(path: str | Path, threads: int) -> Any:
     """An `onnxruntime.InferenceSession` on the CPU. Raises UsageError without the library, ArtefactError for a file
     that it cannot run."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UsageError('this needs ONNX Runtime, an extra: pip install "wasi-edge[onnxruntime]"') from error
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
