@@ -1,5 +1,6 @@
 # make demo    fine-tune on PHOTOS=./folder, or on photos drawn for the purpose, then predict
 # make test    the tests        make lint    ruff and mypy        make bench   speed and memory of the methods
+# make arm64   build Dockerfile.arm64 without Docker and prove it under emulation (as root)
 # make study-fig2_dimensions ...   one of the studies behind docs/results.md; stopped and started again, it goes on
 #
 # Everything runs in .venv, made on first use from PYTHON whatever environment is active.
@@ -22,7 +23,7 @@ unexport VIRTUAL_ENV
 PAPER_STUDIES := fig2_dimensions fig3a_spectra fig3b_iteration fig4_activations fig5_epsilon rank_selection
 ACCURACY_STUDIES := embedded_heads recipes against_vanilla
 
-.PHONY: demo test lint bench clean $(PAPER_STUDIES:%=study-%) $(ACCURACY_STUDIES:%=study-%)
+.PHONY: demo test lint bench arm64 clean $(PAPER_STUDIES:%=study-%) $(ACCURACY_STUDIES:%=study-%)
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -66,10 +67,13 @@ test: $(VENV)/.stamp-dev
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy wasi_edge
+	$(BIN)/mypy wasi_edge deploy
 
 bench: $(VENV)/.stamp-run
 	$(BIN)/wasi-edge bench $(ARGS)
+
+arm64: $(VENV)/.stamp-run
+	$(BIN)/python -m deploy.arm64 $(ARGS)
 
 $(PAPER_STUDIES:%=study-%): study-%: $(VENV)/.stamp-run
 	$(BIN)/python -m benchmarks.paper.$* $(ARGS)

@@ -31,14 +31,15 @@ LOCK = ROOT / "deploy" / "requirements-arm64.txt"
 PYTHONS = ("3.11", "3.13")
 # up to the C library of Bookworm
 PLATFORMS = [f"manylinux_2_{n}_aarch64" for n in (36, 35, 34, 31, 28, 27, 26, 24, 17)] + ["manylinux2014_aarch64"]
-# The newest whose wheel for aarch64 on the default index is a CPU build; later ones ask for CUDA.
-TORCH = "torch==2.10.0"
+# The newest on the default index that is a CPU build (from 2.11 on they ask for CUDA) and that a Pi 4 can import: 2.10.0
+# ends with an illegal instruction on its Cortex-A72.
+TORCH = "torch==2.9.1"
 EXTRAS = ("heic", "hub", "onnxruntime")
 # A Pi 5 maps memory in pages of this size.
 PAGE_BYTES = 16 * 1024
 _PT_LOAD = 1
 _HEADER = """\
-# What Dockerfile.arm64 installs: CPython 3.11 and 3.13 on Linux aarch64. Made by `python -m deploy.wheels --lock FOLDER`.
+# What Dockerfile.arm64 installs, for CPython 3.11 and 3.13 on Linux aarch64: python -m deploy.wheels --lock FOLDER
 """
 
 
@@ -115,10 +116,11 @@ def read_lock(lock: Path = LOCK) -> list[Locked]:
     """The lines of a lock."""
     text = re.sub(r"^#.*\n", "", lock.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     lines = [line.split() for line in text.splitlines() if line.strip()]
-    return [
-        Locked(*words[0].split("=="), tuple(word.removeprefix("--hash=sha256:") for word in words[1:]))
-        for words in lines
-    ]
+    found = []
+    for requirement, *hashes in lines:
+        name, version = requirement.split("==")
+        found.append(Locked(name, version, tuple(word.removeprefix("--hash=sha256:") for word in hashes)))
+    return found
 
 
 def load_alignments(data: bytes) -> list[int]:
@@ -151,10 +153,11 @@ def lock(folder: Path) -> list[Locked]:
         for name, wheel in resolve(python, pins, folder).items():
             wheels.setdefault(name, set()).add(wheel)
             pins[name] = str(parse_wheel_filename(wheel.name)[1])
-    return [
-        Locked(name, pins[name], tuple(sorted({hashlib.sha256(wheel.read_bytes()).hexdigest() for wheel in wheels[name]})))
-        for name in sorted(wheels)
-    ]
+    return [Locked(name, pins[name], _hashes(wheels[name])) for name in sorted(wheels)]
+
+
+def _hashes(wheels: Iterable[Path]) -> tuple[str, ...]:
+    return tuple(sorted({hashlib.sha256(wheel.read_bytes()).hexdigest() for wheel in wheels}))
 
 
 def main() -> None:
@@ -169,8 +172,8 @@ def main() -> None:
         for wheel in fetch(["--require-hashes", "-r", str(LOCK)], python, given.folder / f"locked-{python}"):
             objects = list(shared_objects(wheel))
             least = min((alignment for _, found in objects for alignment in found), default=None)
-            verdict = "pure Python" if least is None else f"{len(objects)} shared objects, pages up to {least // 1024} KB"
-            print(f"  {wheel.name}: {verdict}")
+            shared = "pure Python" if least is None else f"{len(objects)} ELF files, pages up to {least // 1024} KB"
+            print(f"  {wheel.name}: {shared}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Installing on a Pi: the image's files, the locked wheels, the service, and what the proof under emulation measures."""
+"""Installing on a Pi: the image's files, the locked wheels, the service, and what is measured under emulation."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from deploy.arm64 import __main__ as arm64
 from deploy.arm64 import emulated, host
 from deploy.arm64.image import is_unwanted
 from deploy.arm64.proof import MB, Report
+from wasi_edge.memory import hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = (ROOT / "Dockerfile.arm64").read_text()
@@ -195,6 +196,28 @@ def test_the_emulators_memory_is_told_from_the_guests():
     guest, emulator = emulated.shares(SMAPS)
     assert guest == (1784 + 104056) * 1024
     assert emulator == (126684 + 131068 + 2620) * 1024
+
+
+@pytest.mark.parametrize(
+    ("cpu", "name", "integers"),
+    [
+        ("cortex-a76", "Cortex-A76", "dot product"),
+        ("cortex-a72", "Cortex-A72", "NEON, without dot product"),
+    ],
+)
+def test_the_emulated_processors_are_those_of_a_pi(tmp_path, cpu, name, integers):
+    (tmp_path / "cpuinfo").write_text(emulated.cpuinfo(cpu, cores=2))
+    assert (hardware.cpu_name(tmp_path), hardware.integer_instructions(tmp_path)) == (name, integers)
+
+
+def test_a_command_starts_as_the_image_says():
+    config = {"Env": ["PATH=/usr/bin", "A=b=c"], "User": "10001:10001", "WorkingDir": "/out"}
+    root = emulated.Root.of(Path("/images/root"), config)
+    assert root.environment == {"PATH": "/usr/bin", "A": "b=c"}
+    script = emulated._script(root, Path("/tmp/cores"), {Path("/my photos"): "/tmp/proof/photos:ro"}).splitlines()
+    assert "mount --bind '/my photos' /images/root/tmp/proof/photos" in script
+    assert "mount -o remount,bind,ro /images/root/tmp/proof/photos" in script
+    assert script[-1] == 'exec chroot --userspec=10001:10001 /images/root "$@"'
 
 
 def test_compilers_and_cuda_are_found_in_an_image():

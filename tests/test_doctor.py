@@ -219,6 +219,22 @@ def test_how_torch_was_built(tmp_path, answer, status, words):
 
 
 @pytest.mark.parametrize(
+    ("ending", "words"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "needs a newer processor"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "memory ran out"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "it crashed (SIGSEGV)"),
+        ("raise ImportError('libgomp.so.1')", "ImportError: libgomp.so.1"),
+    ],
+)
+def test_how_importing_torch_ends(tmp_path, monkeypatch, ending, words):
+    """As on a Pi 4 with a torch that was built for newer processors."""
+    monkeypatch.setattr(software, "_QUESTION", ending)
+    finding = next(iter(examine_software(tmp_path)))
+    assert finding.status is Status.BAD and words in finding.found
+
+
+@pytest.mark.parametrize(
     ("given", "status"), [(None, "good"), ("4", "good"), ("8", "warning"), ("1", "warning"), ("all", "warning")]
 )
 def test_threads(given, status):

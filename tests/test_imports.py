@@ -35,7 +35,8 @@ ONLY_FROM = {
 }
 # No torch at any level. In `inference` everything but the torch backend, which others import late.
 TORCH_FREE = (
-    "planner", "data", "memory", "artefact", "tensorfile", "atomic", "onnx_runtime", "preprocess", "errors", "units", "chunks", "keep",
+    "planner", "data", "memory", "artefact", "tensorfile", "atomic", "onnx_runtime", "preprocess", "errors", "units",
+    "chunks", "keep",
     "method",
     "metrics", "preprocessing", "report", "inference", "subspace.ranks", "models.geometry", "api", "doctor",
     "models.geometry_swin", "models.keys", "models.keys_", "models.hub", "models.locate", "models.windows",

@@ -6,6 +6,8 @@ not a `WasiEdgeError` is a bug and is shown as one.
 
 from __future__ import annotations
 
+import signal
+
 
 class WasiEdgeError(Exception):
     """Base class. `exit_code` is what the process returns."""
@@ -51,3 +53,13 @@ class ConversionError(WasiEdgeError):
 
 class UnreadablePhoto(WasiEdgeError):
     """One photo cannot be used; the message is the reason listed in the report."""
+
+
+def reason_of_end(status: int) -> str:
+    """Why a child process ended that a signal ended; `status` is its negative return code."""
+    name = signal.Signals(-status).name
+    if name == "SIGILL":
+        return "this torch needs a newer processor (2.10.0 does on a Pi 4: take torch 2.9.1, or 2.11 and newer)"
+    if name == "SIGKILL":
+        return "it was killed, probably because memory ran out"
+    return f"it crashed ({name})"

@@ -3,20 +3,34 @@
 QEMU's user mode is one process with its guest, so what Linux reports for it, and what wasi-edge sees of itself, has the
 emulator in it. The mappings tell them apart: QEMU's program file, its heap (the guest's own is an
 ordinary mapping to Linux), and the buffer of translated code, the only mapping that is writable and executable.
+
+Not `buildah run`: QEMU shows the guest the /proc/cpuinfo of the machine below, on which ONNX Runtime, which looks for
+ARM cores in it, crashes when it is imported. So the command starts in a mount namespace where that file is the ARM
+processor's, with the user, environment and folder that the image names.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 _PAUSE_SECONDS = 0.5
 _EMULATOR = "qemu-aarch64"
+_ARMV8 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"
+# processor -> part number and features in /proc/cpuinfo
+_CORES = {
+    "cortex-a76": ("0xd0b", f"{_ARMV8} atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp"),
+    "cortex-a72": ("0xd08", _ARMV8),
+}
 
 
 @dataclass
@@ -44,27 +58,76 @@ class Outcome:
     peaks: Peaks = field(default_factory=Peaks)
 
 
+@dataclass(frozen=True)
+class Root:
+    """A mounted image: where it is, and what it says about how commands start."""
+
+    path: Path
+    user: str
+    folder: str
+    environment: dict[str, str]
+
+    @classmethod
+    def of(cls, path: Path, config: Mapping[str, Any]) -> Root:
+        """From the `config` of an OCI image."""
+        environment = dict(entry.split("=", 1) for entry in config["Env"])
+        return cls(path, config["User"], config["WorkingDir"], environment)
+
+
+def cpuinfo(cpu: str, cores: int) -> str:
+    """/proc/cpuinfo as Linux writes it on such a processor."""
+    part, features = _CORES[cpu]
+    lines = ("BogoMIPS\t: 108.00", f"Features\t: {features}", "CPU implementer\t: 0x41", "CPU architecture: 8",
+             "CPU variant\t: 0x4", f"CPU part\t: {part}", "CPU revision\t: 1")  # fmt: skip
+    return "".join("\n".join((f"processor\t: {number}", *lines, "", "")) for number in range(cores))
+
+
 def run(
-    container: str,
+    root: Root,
     command: Sequence[str],
     cpu: str,
     seconds: float,
     mounts: Mapping[Path, str] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Outcome:
-    """Run as the image's user. `mounts`: a folder here -> its place, read-only where that ends in :ro.
+    """Run as the image's user. `mounts`: a folder here -> its place below /tmp, read-only where that ends in :ro.
 
     Raises subprocess.TimeoutExpired after `seconds`.
     """
-    words = ["buildah", "run", "--isolation", "chroot"]
-    for name, value in {"QEMU_CPU": cpu, **(environment or {})}.items():
-        words += ["--env", f"{name}={value}"]
-    for folder, place in (mounts or {}).items():
-        words += ["-v", f"{folder}:{place}"]
     began = time.monotonic()
-    process = subprocess.Popen(
-        [*words, container, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    with tempfile.NamedTemporaryFile("w", suffix=".cpuinfo") as cores:
+        cores.write(cpuinfo(cpu, os.cpu_count() or 1))
+        cores.flush()
+        os.chmod(cores.name, 0o644)
+        script = _script(root, Path(cores.name), mounts or {})
+        settings = {**root.environment, "QEMU_CPU": cpu, **(environment or {})}
+        words = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
+        words += ["/usr/bin/env", "-i", f"--chdir={root.folder}", *(f"{k}={v}" for k, v in settings.items())]
+        return _watched([*words, *command], seconds, began)
+
+
+def _script(root: Root, cores: Path, mounts: Mapping[Path, str]) -> str:
+    """Mounts, and then the command that follows it within the image."""
+    place = shlex.quote(str(root.path))
+    lines = [
+        "set -e",
+        f"mount -t proc proc {place}/proc",
+        f"mount --bind {shlex.quote(str(cores))} {place}/proc/cpuinfo",
+        f"mount --rbind /sys {place}/sys",
+        f"mount --rbind /dev {place}/dev",
+        f"mount -t tmpfs -o mode=1777 tmpfs {place}/tmp",
+    ]
+    for folder, inside in mounts.items():
+        target = place + inside.removesuffix(":ro")
+        lines += [f"mkdir -p {target}", f"mount --bind {shlex.quote(str(folder))} {target}"]
+        if inside.endswith(":ro"):
+            lines.append(f"mount -o remount,bind,ro {target}")
+    lines.append(f'exec chroot --userspec={root.user} {place} "$@"')
+    return "\n".join(lines)
+
+
+def _watched(words: list[str], seconds: float, began: float) -> Outcome:
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     watch = _Watch(process.pid)
     watch.start()
     try:

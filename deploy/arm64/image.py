@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from deploy.arm64.emulated import Root
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "localhost/wasi-edge:arm64"
@@ -44,7 +47,7 @@ def build(folder: Path) -> None:
 
 
 def _base(folder: Path, architecture: str, name: str, packages: list[str]) -> None:
-    """An image of packages that are unpacked and not configured: configuring them takes eight minutes under emulation."""
+    """An image of packages, unpacked and not configured: configuring them takes eight minutes under emulation."""
     tar = folder / f"{name}-{architecture}.tar"
     command = ["mmdebstrap", f"--architectures={architecture}", "--variant=extract", "--quiet"]
     subprocess.run([*command, f"--include={','.join(packages)}", _SUITE, str(tar)], check=True)
@@ -62,33 +65,32 @@ def _build(options: list[str], arguments: dict[str, str], context: Path) -> None
 
 
 @contextmanager
-def container() -> Iterator[str]:
-    """A container of the image; gone afterwards."""
-    made = subprocess.run(["buildah", "from", "--pull-never", IMAGE], check=True, capture_output=True, text=True)
-    name = made.stdout.strip()
+def mounted() -> Iterator[Root]:
+    """The image's files, in a container that is gone afterwards."""
+    name = _said(["buildah", "from", "--pull-never", IMAGE])
     try:
-        yield name
+        config = json.loads(_said(["buildah", "inspect", "--type", "container", name]))["OCIv1"]["config"]
+        yield Root.of(Path(_said(["buildah", "mount", name])), config)
     finally:
         subprocess.run(["buildah", "rm", name], check=False, capture_output=True)
 
 
-def contents(name: str) -> tuple[int, list[str]]:
-    """Bytes of all files of a container, and those that should not be there: compilers and CUDA libraries."""
-    mounted = subprocess.run(["buildah", "mount", name], check=True, capture_output=True, text=True)
-    root = Path(mounted.stdout.strip())
+def _said(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def contents(root: Path) -> tuple[int, list[str]]:
+    """Bytes of all files of an image, and those that should not be there: compilers and CUDA libraries."""
     size, unwanted, seen = 0, [], set()
-    try:
-        for folder, _, files in os.walk(root):
-            for file in files:
-                path = Path(folder, file)
-                status = path.lstat()
-                if (status.st_dev, status.st_ino) not in seen:
-                    seen.add((status.st_dev, status.st_ino))
-                    size += status.st_size
-                if is_unwanted(path.relative_to(root)):
-                    unwanted.append(str(path.relative_to(root)))
-    finally:
-        subprocess.run(["buildah", "umount", name], check=False, capture_output=True)
+    for folder, _, files in os.walk(root):
+        for file in files:
+            path = Path(folder, file)
+            status = path.lstat()
+            if (status.st_dev, status.st_ino) not in seen:
+                seen.add((status.st_dev, status.st_ino))
+                size += status.st_size
+            if is_unwanted(path.relative_to(root)):
+                unwanted.append(str(path.relative_to(root)))
     return size, unwanted
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.arm64 import emulated, image
-from deploy.arm64.emulated import Outcome
+from deploy.arm64.emulated import Outcome, Root
 
 PI_5, PI_4 = "cortex-a76", "cortex-a72"
 MB = 2**20
@@ -85,10 +85,10 @@ class Report:
 
 
 class Proof:
-    """One container, one report, one clock. `folder` is written to and has to be open to the image's user."""
+    """One image, one report, one clock. `folder` is written to and has to be open to the image's user."""
 
-    def __init__(self, container: str, folder: Path, seconds: float, say: Callable[[str], None]) -> None:
-        self._container, self._folder, self._say = container, folder, say
+    def __init__(self, root: Root, folder: Path, seconds: float, say: Callable[[str], None]) -> None:
+        self._root, self._folder, self._say = root, folder, say
         self._end = time.monotonic() + seconds
         self.report = Report()
 
@@ -123,13 +123,13 @@ class Proof:
         self._say(f"{name} ({cpu})")
         left = self._end - time.monotonic()
         mounts = {
-            self._folder / "photos": "/mnt/photos:ro",
-            self._folder / "new": "/mnt/new:ro",
-            self._folder / "out": "/mnt/out",
-            self._folder / "pytest": "/mnt/pytest:ro",
-            image.ROOT / "tests": "/mnt/tests:ro",
+            self._folder / "photos": "/tmp/proof/photos:ro",
+            self._folder / "new": "/tmp/proof/new:ro",
+            self._folder / "out": "/tmp/proof/out",
+            self._folder / "pytest": "/tmp/proof/pytest:ro",
+            image.ROOT / "tests": "/tmp/proof/tests:ro",
         }
-        done = emulated.run(self._container, command, cpu, max(1.0, left), mounts, environment)
+        done = emulated.run(self._root, command, cpu, max(1.0, left), mounts, environment)
         self.report.steps[f"{name} ({cpu})"] = round(done.seconds, 1)
         if done.code:
             last = "\n  ".join((done.stdout + done.stderr).strip().splitlines()[-12:])
@@ -137,7 +137,7 @@ class Proof:
         return done
 
     def _finetune(self) -> dict[str, Any]:
-        command = ["wasi-edge", "finetune", "/mnt/photos", *_FINETUNE, "--out", "/mnt/out/run"]
+        command = ["wasi-edge", "finetune", "/tmp/proof/photos", *_FINETUNE, "--out", "/tmp/proof/out/run"]
         done = self._emulate("finetune", command)
         self.report.peak_rss_bytes = done.peaks.guest
         self.report.emulator_peak_rss_bytes = done.peaks.emulator
@@ -152,9 +152,9 @@ class Proof:
             raise Failed(f"--version said {version!r}")
         findings = json.loads(self._emulate("doctor", ["wasi-edge", "doctor", "--json"]).stdout)
         self._say(f"doctor: {json.dumps(findings)[:2000]}")
-        tests = [f"/mnt/tests/{name}" for name in _TESTS]
-        options = ["-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", "/mnt/tests"]
-        path = "/opt/wasi-edge:/mnt/pytest:/mnt/tests"
+        tests = [f"/tmp/proof/tests/{name}" for name in _TESTS]
+        options = ["-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", "/tmp/proof/tests"]
+        path = "/opt/wasi-edge:/tmp/proof/pytest:/tmp/proof/tests"
         command = ["python3", "-m", "pytest", *options, "-k", f"not ({_LONG_TESTS})", *tests]
         closing = self._emulate("tests", command, PYTHONPATH=path).stdout.strip().splitlines()[-1]
         self._say(f"tests: {closing}")
@@ -180,7 +180,7 @@ class Proof:
         report.first_loss_difference = abs(first - other) / abs(other)
 
     def _predict(self) -> dict[str, str]:
-        done = self._emulate("predict", ["wasi-edge", "predict", "/mnt/out/run", "/mnt/new", "--json"])
+        done = self._emulate("predict", ["wasi-edge", "predict", "/tmp/proof/out/run", "/tmp/proof/new", "--json"])
         return _labels(done.stdout)
 
     def _compare_labels(self, here: dict[str, str], native: dict[str, str]) -> None:
@@ -188,20 +188,20 @@ class Proof:
         self.report.labels_equal = sum(here.get(photo) == label for photo, label in native.items())
 
     def _export(self) -> None:
-        self._emulate("export", ["wasi-edge", "export", "/mnt/out/run", "/mnt/out/exported.onnx"])
+        self._emulate("export", ["wasi-edge", "export", "/tmp/proof/out/run", "/tmp/proof/out/exported.onnx"])
         self.report.exported_bytes = (self._folder / "out" / "exported.onnx").stat().st_size
 
     def _smoke(self) -> None:
         """On the Pi 4's processor: the command starts, and predicts by ONNX Runtime and by torch."""
         photo = next(path for path in sorted((self._folder / "new").rglob("*.jpg")))
-        place = f"/mnt/new/{photo.relative_to(self._folder / 'new')}"
+        place = f"/tmp/proof/new/{photo.relative_to(self._folder / 'new')}"
         self._emulate("--version", ["wasi-edge", "--version"], PI_4)
         with ThreadPoolExecutor(2) as pool:
             labels = [
                 pool.submit(
                     self._emulate,
                     f"predict by {backend}",
-                    ["wasi-edge", "predict", "/mnt/out/run", place, "--backend", backend, "--json"],
+                    ["wasi-edge", "predict", "/tmp/proof/out/run", place, "--backend", backend, "--json"],
                     PI_4,
                 )
                 for backend in ("onnx", "torch")

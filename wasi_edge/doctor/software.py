@@ -16,6 +16,7 @@ from typing import Any
 
 from wasi_edge.atomic import scratch
 from wasi_edge.doctor.finding import Finding, bad, good, warning
+from wasi_edge.errors import reason_of_end
 from wasi_edge.memory.hardware import physical_cores
 from wasi_edge.units import format_size
 
@@ -39,9 +40,7 @@ print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "bla
 """
 
 
-def examine_software(
-    folder: Path, ask_torch: Callable[[], Mapping[str, Any] | str] | None = None
-) -> Iterator[Finding]:
+def examine_software(folder: Path, ask_torch: Callable[[], Mapping[str, Any] | str] | None = None) -> Iterator[Finding]:
     """All findings; `folder` is where a run would be written."""
     yield _torch((ask_torch or _asked_torch)())
     yield _threads(os.environ, physical_cores())
@@ -56,6 +55,8 @@ def _asked_torch() -> Mapping[str, Any] | str:
     try:
         found: Mapping[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
+        if done.returncode < 0:
+            return reason_of_end(done.returncode)
         return next(reversed(done.stderr.strip().splitlines()), f"exit status {done.returncode}")
     return found
 

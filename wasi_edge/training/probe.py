@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wasi_edge.errors import Interrupted, WasiEdgeError
+from wasi_edge.errors import Interrupted, WasiEdgeError, reason_of_end
 from wasi_edge.memory.process import ProcessMemory
 from wasi_edge.method import Method
 from wasi_edge.models.geometry import BlockShape
@@ -80,19 +80,19 @@ def run_probe(
         "epsilon": epsilon,
         "available_bytes": available_bytes,
     }
-    output, complaints = _run_child(json.dumps(question), stop_wanted)
+    output, complaints, status = _run_child(json.dumps(question), stop_wanted)
     try:
         answer = json.loads(output.strip().splitlines()[-1])
     except (ValueError, IndexError):
-        detail = (complaints.strip().splitlines() or ["no output"])[-1]
+        detail = reason_of_end(status) if status < 0 else (complaints.strip().splitlines() or ["no output"])[-1]
         raise WasiEdgeError(f"torch could not be measured on this machine: {detail}") from None
     if "error" in answer:
         raise WasiEdgeError(answer["error"])
     return ProbeResult(**answer)
 
 
-def _run_child(question: str, stop_wanted: Callable[[], bool]) -> tuple[str, str]:
-    """What the child writes to stdout and stderr. In a session of its own, a Ctrl-C reaches this process alone."""
+def _run_child(question: str, stop_wanted: Callable[[], bool]) -> tuple[str, str, int]:
+    """What the child writes to stdout and stderr, and how it ends. In a session of its own, a Ctrl-C reaches this process alone."""
     child = subprocess.Popen(
         [sys.executable, "-m", "wasi_edge.training.probe"],
         stdin=subprocess.PIPE,
@@ -106,7 +106,7 @@ def _run_child(question: str, stop_wanted: Callable[[], bool]) -> tuple[str, str
     try:
         while not stop_wanted():
             try:
-                return child.communicate(unsent, timeout=_POLL_SECONDS)
+                return *child.communicate(unsent, timeout=_POLL_SECONDS), child.returncode
             except subprocess.TimeoutExpired:
                 unsent = None  # what was sent and read so far is remembered
         raise Interrupted("stopped before anything was begun")
