@@ -31,8 +31,8 @@ LOCK = ROOT / "deploy" / "requirements-arm64.txt"
 PYTHONS = ("3.11", "3.13")
 # up to the C library of Bookworm
 PLATFORMS = [f"manylinux_2_{n}_aarch64" for n in (36, 35, 34, 31, 28, 27, 26, 24, 17)] + ["manylinux2014_aarch64"]
-# The newest on the default index that is a CPU build (from 2.11 on they ask for CUDA) and that a Pi 4 can import: 2.10.0
-# ends with an illegal instruction on its Cortex-A72.
+# The newest on the default index that is a CPU build (from 2.11 on they ask for CUDA) and that a Pi 4 can import:
+# 2.10.0 ends with an illegal instruction on its Cortex-A72.
 TORCH = "torch==2.9.1"
 EXTRAS = ("heic", "hub", "onnxruntime")
 # A Pi 5 maps memory in pages of this size.

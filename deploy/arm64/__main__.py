@@ -65,11 +65,11 @@ def main() -> int:
     for defect in defects:
         print(f"make arm64: {defect}", file=sys.stderr)
     report = proof.report
+    peaks = (report.peak_rss_bytes, report.budget_bytes, report.emulator_peak_rss_bytes)
+    trained = "{:.0f} MB of {:.0f} ({:.0f} of them QEMU's)".format(*(size / MB for size in peaks))
     say(
-        f"{'not ' if defects else ''}as it should be: trained {report.optimizer_steps} steps in"
-        f" {report.peak_rss_bytes / MB:.0f} MB of {report.budget_bytes / MB:.0f} (the emulator's"
-        f" {report.emulator_peak_rss_bytes / MB:.0f} MB aside), {report.labels_equal} of {report.labels_compared}"
-        f" labels equal; {report_path}"
+        f"{'not ' if defects else ''}as it should be: trained {report.optimizer_steps} steps in {trained},"
+        f" {report.labels_equal} of {report.labels_compared} labels equal; {report_path}"
     )
     return 1 if defects else 0
 

@@ -18,13 +18,11 @@ from deploy.arm64.emulated import Outcome, Root
 PI_5, PI_4 = "cortex-a76", "cortex-a72"
 MB = 2**20
 BUDGET_BYTES = 512 * MB
-# What QEMU may hold beside: its buffer of translated code (128 MB at most), and as much again to find its way in it.
-EMULATOR_BYTES = 288 * MB
 LOSS_TOLERANCE, LABELS_EQUAL = 1e-4, 0.98
 # One step an epoch, so that the history holds the loss of every step.
-_FINETUNE = ["--image-size", "42", "--epochs", "3", "--batch", "16", "--train-blocks", "4", "--threads", "1"]
-_FINETUNE += ["--seed", "1", "--budget", str(BUDGET_BYTES + EMULATOR_BYTES), "--json"]
-_TRAIN_PER_CLASS, _NEW_PER_CLASS = 5, 30
+_FINETUNE = ["--image-size", "42", "--epochs", "2", "--batch", "16", "--train-blocks", "4", "--threads", "1"]
+_FINETUNE += ["--seed", "1", "--budget", str(BUDGET_BYTES), "--json"]
+_TRAIN_PER_CLASS, _NEW_PER_CLASS = 5, 26
 # The numerical core; without what takes minutes under emulation.
 _TESTS = ["test_weight.py", "test_orthonormal.py", "test_tucker.py", "test_layers.py", "test_subspace_linears.py"]
 _LONG_TESTS = "hundreds or no_dense_weight"
@@ -44,10 +42,10 @@ class Report:
     image_bytes: int = 0
     unwanted_files: list[str] = field(default_factory=list)
     budget_bytes: int = BUDGET_BYTES
-    peak_rss_bytes: int = 0  # of the guest: what the process would hold without the emulator
+    peak_rss_bytes: int = 0  # of the process, the emulator included: what wasi-edge sees and keeps to its budget
+    guest_peak_rss_bytes: int = 0
     emulator_peak_rss_bytes: int = 0
-    total_peak_rss_bytes: int = 0
-    planned_peak_rss_bytes: int = 0  # with the emulator as it was when the plan was made
+    planned_peak_rss_bytes: int = 0
     optimizer_steps: int = 0
     losses: dict[str, list[float]] = field(default_factory=dict)  # by machine, of every step
     first_loss_difference: float = 1.0
@@ -69,7 +67,7 @@ class Report:
             f"the machine is {self.uname_m}, not aarch64": self.uname_m == "aarch64",
             f"the image has {self.image_bytes / 1e6:.0f} MB, 900 are allowed": self.image_bytes < 900e6,
             f"the image holds {', '.join(self.unwanted_files[:5])}": not self.unwanted_files,
-            f"training held {self.peak_rss_bytes / MB:.0f} MB of its own, over the budget": 0
+            f"training held {self.peak_rss_bytes / MB:.0f} MB, over the budget": 0
             < self.peak_rss_bytes
             <= self.budget_bytes,
             "no optimiser step was made": self.optimizer_steps > 0,
@@ -93,20 +91,14 @@ class Proof:
         self.report = Report()
 
     def run(self) -> None:
-        """Everything, two emulated processors at a time. Raises Failed, subprocess.TimeoutExpired."""
+        """Training and predicting, and everything else beside them. Raises Failed, subprocess.TimeoutExpired."""
         self._prepare()
+        native = self._native()
         with ThreadPoolExecutor(2) as pool:
-            training = pool.submit(self._finetune)
-            others = pool.submit(self._look_and_test)
-            native = self._native()
-            trained = training.result()
+            others = pool.submit(self._everything_else)
+            self._compare_training(self._finetune(), native)
+            self._compare_labels(self._predict(), native["labels"])
             others.result()
-        self._compare_training(trained, native)
-        with ThreadPoolExecutor(2) as pool:
-            labels, export = pool.submit(self._predict), pool.submit(self._export)
-            self._compare_labels(labels.result(), native["labels"])
-            export.result()
-        self._smoke()
 
     def _prepare(self) -> None:
         photos = [("photos", _TRAIN_PER_CLASS, 0), ("new", _NEW_PER_CLASS, 1)]
@@ -126,6 +118,7 @@ class Proof:
             self._folder / "photos": "/tmp/proof/photos:ro",
             self._folder / "new": "/tmp/proof/new:ro",
             self._folder / "out": "/tmp/proof/out",
+            self._folder / "native": "/tmp/proof/native:ro",
             self._folder / "pytest": "/tmp/proof/pytest:ro",
             image.ROOT / "tests": "/tmp/proof/tests:ro",
         }
@@ -139,19 +132,27 @@ class Proof:
     def _finetune(self) -> dict[str, Any]:
         command = ["wasi-edge", "finetune", "/tmp/proof/photos", *_FINETUNE, "--out", "/tmp/proof/out/run"]
         done = self._emulate("finetune", command)
-        self.report.peak_rss_bytes = done.peaks.guest
+        self.report.peak_rss_bytes = done.peaks.total
+        self.report.guest_peak_rss_bytes = done.peaks.guest
         self.report.emulator_peak_rss_bytes = done.peaks.emulator
-        self.report.total_peak_rss_bytes = done.peaks.total
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
-    def _look_and_test(self) -> None:
+    def _everything_else(self) -> None:
+        self._look()
+        self._test()
+        self._export()
+        self._smoke()
+
+    def _look(self) -> None:
         self.report.uname_m = self._emulate("uname -m", ["uname", "-m"]).stdout.strip()
         version = self._emulate("--version", ["wasi-edge", "--version"]).stdout
         if not version.startswith("wasi-edge "):
             raise Failed(f"--version said {version!r}")
         findings = json.loads(self._emulate("doctor", ["wasi-edge", "doctor", "--json"]).stdout)
         self._say(f"doctor: {json.dumps(findings)[:2000]}")
+
+    def _test(self) -> None:
         tests = [f"/tmp/proof/tests/{name}" for name in _TESTS]
         options = ["-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", "/tmp/proof/tests"]
         path = "/opt/wasi-edge:/tmp/proof/pytest:/tmp/proof/tests"
@@ -188,7 +189,8 @@ class Proof:
         self.report.labels_equal = sum(here.get(photo) == label for photo, label in native.items())
 
     def _export(self) -> None:
-        self._emulate("export", ["wasi-edge", "export", "/tmp/proof/out/run", "/tmp/proof/out/exported.onnx"])
+        """Of the run that was trained here: the one in the image is not there yet, and writes a model.onnx itself."""
+        self._emulate("export", ["wasi-edge", "export", "/tmp/proof/native", "/tmp/proof/out/exported.onnx"])
         self.report.exported_bytes = (self._folder / "out" / "exported.onnx").stat().st_size
 
     def _smoke(self) -> None:
@@ -196,19 +198,12 @@ class Proof:
         photo = next(path for path in sorted((self._folder / "new").rglob("*.jpg")))
         place = f"/tmp/proof/new/{photo.relative_to(self._folder / 'new')}"
         self._emulate("--version", ["wasi-edge", "--version"], PI_4)
-        with ThreadPoolExecutor(2) as pool:
-            labels = [
-                pool.submit(
-                    self._emulate,
-                    f"predict by {backend}",
-                    ["wasi-edge", "predict", "/tmp/proof/out/run", place, "--backend", backend, "--json"],
-                    PI_4,
-                )
-                for backend in ("onnx", "torch")
-            ]
-            found = [next(iter(_labels(answer.result().stdout).values())) for answer in labels]
-        if found[0] != found[1]:
-            raise Failed(f"on {PI_4}, ONNX Runtime says {found[0]} and torch {found[1]}")
+        found: dict[str, dict[str, str]] = {}
+        for backend in ("onnx", "torch"):
+            command = ["wasi-edge", "predict", "/tmp/proof/native", place, "--backend", backend, "--json"]
+            found |= {backend: _labels(self._emulate(f"predict by {backend}", command, PI_4).stdout)}
+        if found["onnx"] != found["torch"]:
+            raise Failed(f"on {PI_4}, ONNX Runtime says {found['onnx']} and torch {found['torch']}")
 
 
 def _checked(command: Sequence[str]) -> str:

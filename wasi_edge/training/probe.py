@@ -92,7 +92,8 @@ def run_probe(
 
 
 def _run_child(question: str, stop_wanted: Callable[[], bool]) -> tuple[str, str, int]:
-    """What the child writes to stdout and stderr, and how it ends. In a session of its own, a Ctrl-C reaches this process alone."""
+    """What the child writes to stdout and stderr, and its return code. In a session of its own, a Ctrl-C reaches this
+    process alone."""
     child = subprocess.Popen(
         [sys.executable, "-m", "wasi_edge.training.probe"],
         stdin=subprocess.PIPE,
