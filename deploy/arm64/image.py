@@ -39,8 +39,8 @@ def build(folder: Path) -> None:
             "PYTHON_VERSION": _PYTHON,
             "BASE": "localhost/wasi-edge-base:arm64",
             "BUILD_BASE": f"localhost/wasi-edge-build-base:{here}",
-            "BUILDPLATFORM": f"linux/{here}",
-            "TARGETPLATFORM": "linux/arm64",
+            "BUILD_ON": f"linux/{here}",
+            "RUN_ON": "linux/arm64",
         },
         ROOT,
     )
