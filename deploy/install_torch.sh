@@ -19,6 +19,12 @@ pip() {
     "$python" -m pip --disable-pip-version-check "$@"
 }
 
+# a 32-bit system may run on a 64-bit kernel
+if [ "$("$python" -c 'import struct; print(struct.calcsize("P"))')" != 8 ]; then
+    echo "error: $python is a 32-bit program and torch has no build for it; use the 64-bit Raspberry Pi OS" >&2
+    exit 1
+fi
+
 case $(uname -s)-$(uname -m) in
 Linux-x86_64 | Linux-aarch64 | Linux-arm64) ;;
 Linux-*)

@@ -13,6 +13,7 @@ import argparse
 import configparser
 import hashlib
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -107,6 +108,7 @@ def resolve(python: str, pins: dict[str, str], folder: Path) -> dict[str, Path]:
             continue
         place = folder / f"{python}-{name}"
         pinned = f"{name}=={pins[name]}" if name in pins else f"{name}{wanted.specifier}"
+        shutil.rmtree(place, ignore_errors=True)  # another version may be there from an earlier time
         found[name] = fetch([pinned], python, place)[-1]
         queue += requirements_of(found[name], python)
     return found

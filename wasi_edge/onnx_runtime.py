@@ -16,9 +16,14 @@ _OFF = "ORT_DISABLE_TELEMETRY"
 
 
 def import_onnxruntime(wanted_by: str = "this", module: str = "onnxruntime") -> Any:
-    """`onnxruntime`, or a module of it. Raises UsageError where it is not installed."""
+    """`onnxruntime`, or a module of it. Raises UsageError where it is not installed, or not whole."""
     os.environ[_OFF] = "1"
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UsageError(f'{wanted_by} needs ONNX Runtime, an extra: pip install "wasi-edge[onnxruntime]"') from error
+        remedy = 'pip install "wasi-edge[onnxruntime]"'
+        if error.name == "onnxruntime":
+            raise UsageError(f"{wanted_by} needs ONNX Runtime, an extra: {remedy}") from error
+        raise UsageError(
+            f"{wanted_by} needs ONNX Runtime, which cannot be imported: {error}; again: {remedy}"
+        ) from error

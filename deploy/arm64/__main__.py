@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,8 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"arm64 {time.monotonic() - began:4.0f} s: {text}", file=sys.stderr, flush=True)
 
+    # so that everything that is mounted and started is taken down
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     given.out.mkdir(parents=True, exist_ok=True)
     report_path = given.out / "report.json"
     report_path.unlink(missing_ok=True)  # an old one would look like this one's
@@ -56,6 +59,9 @@ def main() -> int:
         return 1
     except subprocess.CalledProcessError as error:
         print(f"make arm64: {error}\n{error.stderr or ''}", file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:  # a full disk, an answer that is no JSON
+        print(f"make arm64: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except subprocess.TimeoutExpired as error:
         print(f"make arm64: not finished after {given.limit:.0f} s: {error.cmd[-6:]}", file=sys.stderr)

@@ -132,7 +132,7 @@ def _watched(words: list[str], seconds: float, began: float) -> Outcome:
     watch.start()
     try:
         stdout, stderr = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
+    except BaseException:
         for pid in descendants(process.pid):
             subprocess.run(["kill", "-9", str(pid)], check=False, capture_output=True)
         process.kill()

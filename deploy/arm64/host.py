@@ -30,6 +30,10 @@ def prepare() -> None:
     """Raise CannotRun, or leave a kernel that runs ARM programs."""
     if platform.system() != "Linux":
         raise CannotRun(f"needs Linux, found {platform.system()}; use docker buildx there")
+    if platform.machine() != "x86_64":
+        raise CannotRun(
+            f"emulates an ARM processor on x86_64, found {platform.machine()}; run the tests themselves there"
+        )
     if os.geteuid() != 0:
         raise CannotRun("needs root, for chroot and binfmt_misc: sudo make arm64")
     missing = sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
@@ -39,8 +43,6 @@ def prepare() -> None:
 
 
 def _register() -> None:
-    if platform.machine() == "aarch64":
-        return
     if not (_BINFMT / "register").exists():
         mounted = subprocess.run(
             ["mount", "-t", "binfmt_misc", "binfmt_misc", str(_BINFMT)], capture_output=True, text=True, check=False
@@ -48,13 +50,13 @@ def _register() -> None:
         if mounted.returncode:
             raise CannotRun(f"the kernel has no binfmt_misc ({mounted.stderr.strip()}): load that module first")
     entry = _BINFMT / _ENTRY
-    if entry.exists():
-        text = entry.read_text()
-        if text.startswith("enabled") and "F" in _flags(text):
-            return
-        entry.write_text("-1")  # without F the interpreter is looked for inside the image
     interpreter = shutil.which("qemu-aarch64-static")
     try:
+        if entry.exists():
+            text = entry.read_text()
+            if text.startswith("enabled") and "F" in _flags(text):
+                return
+            entry.write_text("-1")  # without F the interpreter is looked for inside the image
         (_BINFMT / "register").write_text(f":{_ENTRY}:M::{_MAGIC}:{_MASK}:{interpreter}:F")
     except OSError as error:
         raise CannotRun(f"QEMU could not be registered in {_BINFMT}: {error}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ _CUDA = ("libcud", "libcublas", "libnv", "libtorch_cuda", "libc10_cuda")
 
 def build(folder: Path) -> None:
     """Make both bases and the image; `folder` is scratch."""
-    here = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
+    here = "amd64"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "Dockerfile").write_text(_BASE_DOCKERFILE)
     _base(folder, "arm64", "base", _PACKAGES)
