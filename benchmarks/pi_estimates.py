@@ -19,14 +19,15 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from make_random_model import SIZES
+from memory_grid import model_folder
 
-from benchmarks.make_random_model import SIZES
 from wasi_edge.bench.cost_model import Point, measure_cost_model
 from wasi_edge.memory.hardware import hardware, versions
 from wasi_edge.method import Method
+from wasi_edge.training.defaults import GRADIENT_RANK
 
 ROOT = Path(__file__).resolve().parents[1]
-GRADIENT_RANK = 32
 # size -> published seconds a photo; the width and depth are those of SIZES
 PUBLISHED = {"vit-b16": 1.47, "vit-s16": 0.52, "vit-ti16": 0.19}
 MODELS = ("default", "vit-ti16", "vit-s16", "vit-b16")
@@ -53,17 +54,6 @@ def planned(photos: Path, model: str, budget: str, scratch: Path) -> dict:
     return json.loads(done.stdout)
 
 
-def model_folder(size: str, models: Path) -> str:
-    """A model of random weights, made where it is not there yet."""
-    if size == "default":
-        return "default"
-    folder = models / size
-    if not folder.exists():
-        make = [sys.executable, "-m", "benchmarks.make_random_model", size, str(folder)]
-        subprocess.run(make, check=True, cwd=ROOT, capture_output=True)
-    return str(folder)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("photos", type=Path)
@@ -78,7 +68,7 @@ def main() -> None:
     rows = []
     for size in MODELS:
         for budget in BUDGETS:
-            plan = planned(given.photos, model_folder(size, given.models), budget, given.models)
+            plan = planned(given.photos, model_folder(given.models, size), budget, given.models)
             if "error" in plan:
                 rows.append({"model": size, "budget": budget, "error": plan["error"]})
                 print(f"{size} | {budget} | {plan['error']}")

@@ -11,9 +11,11 @@ processor's, with the user, environment and folder that the image names.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
+import signal
 import subprocess
 import tempfile
 import threading
@@ -22,6 +24,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 _PAUSE_SECONDS = 1.5
 _EMULATOR = "qemu-aarch64"
@@ -134,8 +138,8 @@ def _watched(words: list[str], seconds: float, began: float) -> Outcome:
         stdout, stderr = process.communicate(timeout=seconds)
     except BaseException:
         for pid in descendants(process.pid):
-            subprocess.run(["kill", "-9", str(pid)], check=False, capture_output=True)
-        process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.communicate()
         raise
     finally:
@@ -188,16 +192,8 @@ def shares(smaps: str) -> tuple[int, int]:
 
 
 def descendants(pid: int) -> list[int]:
-    """A process and all below it."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        children.setdefault(int(fields[1]), []).append(int(path.parent.name))
-    found, queue = [], [pid]
-    while queue:
-        found.append(queue.pop())
-        queue += children.get(found[-1], [])
-    return found
+    """A process and all below it; nothing once it has ended."""
+    try:
+        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    except psutil.NoSuchProcess:
+        return []

@@ -84,16 +84,17 @@ def _processor(machine: Machine) -> Finding:
     if machine.pointer_bits < 64:
         return bad("processor", f"{machine.architecture}, 32-bit programs", "install the 64-bit Raspberry Pi OS")
     name = hardware.cpu_name(machine.proc) or machine.architecture
-    cores = hardware.physical_cores(machine.system)
+    count = hardware.physical_cores(machine.system)
+    cores = f"{count} core{'s' if count != 1 else ''}"
     if machine.architecture in ("aarch64", "arm64") and re.search(r"^flags\s*:", machine.text("cpuinfo"), re.MULTILINE):
         # an ARM processor lists "Features"; QEMU's user mode shows the file of the machine below
         return warning(
             "processor",
-            f"{machine.architecture} emulated on {name}, {cores} core{'s' if cores != 1 else ''}",
+            f"{machine.architecture} emulated on {name}, {cores}",
             "fit for trying things; times and peaks of memory say nothing about a Raspberry Pi",
         )
     integers = hardware.integer_instructions(machine.proc)
-    found = f"{name}, {cores} core{'s' if cores != 1 else ''}; integers: {integers or 'nothing named'}"
+    found = f"{name}, {cores}; integers: {integers or 'nothing named'}"
     if integers is None or "without" in integers:
         return warning("processor", found, "nothing to do; models in 8 bits may be no faster here")
     return good("processor", found)

@@ -57,7 +57,7 @@ def write_int8(
     Raises ArtefactError, and writes nothing, where more is lost than `max_drop` (a fraction) and two photos; UsageError
     without ONNX Runtime.
     """
-    import_onnxruntime("--int8")  # here, to say early that it is missing
+    import_onnxruntime("--int8", "onnxruntime.quantization")  # here, to say early that it is missing
     # beside the target: the system's folder for temporary files may be memory
     with scratch(out, ".plain") as plain, scratch(out, ".int8") as rounded, scratch(out, ".plain-inferred"):
         on_stage("looking at training photos")
