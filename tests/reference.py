@@ -77,6 +77,23 @@ def naive_factored_step(
     return new_left, new_right
 
 
+def dense_momentum_step(
+    momentum: Tensor, basis: Tensor | None, gradient: Tensor, beta: float, rank: int
+) -> tuple[Tensor, Tensor]:
+    """Momentum (O, I) of a subspace of `rank` directions (I, rank): of all that there are, or of `basis` alone where it
+    stays."""
+    if basis is None:
+        left, values, right = torch.linalg.svd(beta * momentum + (1 - beta) * gradient, full_matrices=False)
+        return left[:, :rank] * values[:rank] @ right[:rank], right[:rank].T
+    return beta * momentum + (1 - beta) * gradient @ basis @ basis.T, basis
+
+
+def dense_polar_factor(matrix: Tensor, rank: int, floor: float) -> Tensor:
+    """Of a matrix (O, I) of so many directions: every singular value one, but those below `floor` of the largest."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left[:, :rank] * (values / (values + floor * values[0]))[:rank] @ right[:rank]
+
+
 def unfold(x: Tensor, mode: int) -> Tensor:
     return x.movedim(mode, 0).reshape(x.shape[mode], -1)
 

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import generator, one_thread, plain_qr, random, relative_difference, subspace_difference  # noqa: F401
+from reference import (  # noqa: F401
+    dense_momentum_step,
+    dense_polar_factor,
+    generator,
+    one_thread,
+    plain_qr,
+    random,
+    relative_difference,
+    subspace_difference,
+)
 from torch import Tensor
 
 from wasi_edge.chunks import sampled_tokens
 from wasi_edge.layers.linear import AsiLinear, LinearKinds, SubspaceLinear, WasiLinear, WsiLinear
 from wasi_edge.layers.saving import Pass
 from wasi_edge.method import Method
-from wasi_edge.training.factor_update import MOMENTUM, FactorUpdate, polar_factor
+from wasi_edge.training.factor_update import MOMENTUM, POLAR_FLOOR, FactorUpdate
 
 OUT, IN, RANK, TOKENS, BATCH = 18, 14, 6, 5, 4
 KINDS = pytest.mark.parametrize("kind", [WsiLinear, AsiLinear])
@@ -103,16 +112,16 @@ def test_a_dense_weight_steps_along_the_polar_factor_and_is_not_truncated():
     layer = make(AsiLinear, 3, scale=False)
     weight = dense_weight(layer)
     rule = FactorUpdate({"one": layer}, weight_decay=0.1)
-    momentum, old = torch.zeros(OUT, 3, dtype=torch.float64), torch.zeros(IN, 3, dtype=torch.float64)
-    for step in range(1, 4):
+    momentum = torch.zeros(OUT, IN, dtype=torch.float64)
+    for step in range(1, 5):
         _, _, _, grads = both_passes(layer, 50 + 2 * step)
-        basis = layer.basis
-        assert basis is not None
-        momentum = MOMENTUM * momentum @ (old.T @ basis) + (1 - MOMENTUM) * grads["projected"]
-        old = basis.clone()
+        assert layer.basis is not None
+        momentum, _ = dense_momentum_step(momentum, None, grads["projected"] @ layer.basis.T, MOMENTUM, 3)
         rate = 0.01 * float(torch.linalg.matrix_norm(weight))
-        weight = (1 - rate * 0.1) * weight - rate * polar_factor(momentum) @ basis.T
+        weight = (1 - rate * 0.1) * weight - rate * dense_polar_factor(momentum, 3, POLAR_FLOOR)
         rule.update("one", grads["projected"], 0.01, step)
+        state = rule.state()
+        assert relative_difference(state["momentum.one"] @ state["basis.one"].T, momentum) < 1e-12
         assert relative_difference(layer.params["weight"], weight) < 1e-12
     assert int(torch.linalg.matrix_rank(layer.params["weight"])) == IN
     assert not any(key.startswith("grams") for key in rule.state())
@@ -123,19 +132,19 @@ def test_linears_take_turns_and_their_momentum_gathers_every_gradient():
     layers = {name: make(AsiLinear, 3, scale=False) for name in ("one", "two", "three")}
     weights = {name: dense_weight(layer) for name, layer in layers.items()}
     rule = FactorUpdate(layers, weight_decay=0.1, turns=2)
-    momenta = {name: torch.zeros(OUT, 3, dtype=torch.float64) for name in layers}
-    old = {name: torch.zeros(IN, 3, dtype=torch.float64) for name in layers}
+    momenta = {name: torch.zeros(OUT, IN, dtype=torch.float64) for name in layers}
+    bases: dict[str, torch.Tensor | None] = dict.fromkeys(layers)
     moves = []
     for step in range(1, 6):
         for number, (name, layer) in enumerate(layers.items()):
             _, _, _, grads = both_passes(layer, 50 + 20 * step + 2 * number)
-            basis = layer.basis
-            assert basis is not None
-            momenta[name] = MOMENTUM * momenta[name] @ (old[name].T @ basis) + (1 - MOMENTUM) * grads["projected"]
-            old[name] = basis.clone()
+            assert layer.basis is not None
+            stays = None if rule.has_turn(name, step) or step == 1 else bases[name]
+            gradient = grads["projected"] @ layer.basis.T
+            momenta[name], bases[name] = dense_momentum_step(momenta[name], stays, gradient, MOMENTUM, 3)
             if rule.has_turn(name, step):
                 rate = 2 * 0.01 * float(torch.linalg.matrix_norm(weights[name]))
-                weights[name] = (1 - rate * 0.1) * weights[name] - rate * polar_factor(momenta[name]) @ basis.T
+                weights[name] = (1 - rate * 0.1) * weights[name] - rate * dense_polar_factor(momenta[name], 3, POLAR_FLOOR)
                 moves.append((step, name))
             rule.update(name, grads["projected"], 0.01, step)
             assert relative_difference(layer.params["weight"], weights[name]) < 1e-12

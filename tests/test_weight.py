@@ -20,7 +20,7 @@ from wasi_edge.subspace.factors import (
     weight_factors,
 )
 from wasi_edge.subspace.orthonormal import orthonormalise
-from wasi_edge.subspace.weight import momentum_to_new_basis, update_weight
+from wasi_edge.subspace.weight import update_weight
 
 O, I, K, R = 48, 40, 12, 4  # noqa: E741
 FLOAT32_BOUND = 4e-6  # measured 2e-6 at worst; the naive factored step leaves 1.1e-5 or far more
@@ -323,14 +323,6 @@ def test_norm_of_the_factored_gradient_is_that_of_its_left_part():
 def test_condition_estimate_reads_the_cholesky_diagonal():
     assert condition_estimate(torch.diag(torch.tensor([4.0, 1.0, 0.01], dtype=torch.float64))) == pytest.approx(400)
     assert condition_estimate(torch.zeros(3, 3, dtype=torch.float64)) == float("inf")
-
-
-def test_momentum_moves_to_the_new_basis_by_projection():
-    momentum, old = gradient(0)
-    _, new = gradient(1)
-    moved = momentum_to_new_basis(momentum, old, new)
-    assert relative_difference(moved @ new.T, momentum @ old.T @ new @ new.T) < 1e-13
-    assert relative_difference(momentum_to_new_basis(momentum, old, old), momentum) < 1e-13
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -155,10 +155,14 @@ def _refresh(name: str, tokens: int, out: int, inner: int, r: int, batch: int, m
 
 
 def update_flops(out: int, inner: int, rank: int | None, gradient_rank: int) -> float:
-    """Of a weight in one step: momentum to its new basis; and, in the mean of `TURNS` steps, momentum's polar factor
-    and the exact WSI step (`subspace/weight.py`), or the product added to a dense weight."""
+    """Of a weight in one step: the gradient into momentum (`subspace/momentum.py`); and, in the mean of `TURNS` steps,
+    momentum's new basis and polar factor and the exact WSI step (`subspace/weight.py`), or the product added to a dense
+    weight."""
     r = min(gradient_rank, inner)
-    carry, polar = 2 * r * r * (inner + out), 4 * r * r * out
+    carry = 2 * r * r * (inner + out)
+    # E, E^T E, V W and E S^-T W, and the QR; P S, T^T T and T W
+    turn = 2 * r * r * (6 * inner + 7 * out)
+    polar = turn + 4 * r * r * out
     if rank is None:
         return carry + (polar + 2 * out * inner * r) / TURNS
     thin = 2 * rank * r * (2 * out + 3 * inner)  # L^T P, R U, L + P E, F, R + X F

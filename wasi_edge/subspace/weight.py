@@ -153,24 +153,6 @@ class _Step:
         factors.right_squares.copy_(self._right_squares)
 
 
-def momentum_to_new_basis(momentum: Tensor, old_basis: Tensor, new_basis: Tensor) -> Tensor:
-    """Return a momentum (O, r) kept as `momentum @ old_basis^T`, projected onto `new_basis` (I, r').
-
-    What lies outside the new basis is lost (0.1-7 % a step in training), so this is not exact momentum.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not match.
-    """
-    if momentum.shape[1] != old_basis.shape[1] or old_basis.shape[0] != new_basis.shape[0]:
-        raise ValueError(
-            "expected momentum (O, r), old basis (I, r), new basis (I, r'), got "
-            f"{tuple(momentum.shape)}, {tuple(old_basis.shape)}, {tuple(new_basis.shape)}"
-        )
-    return momentum @ (old_basis.T @ new_basis)
-
-
 def _square(upper_left: Tensor, upper_right: Tensor, lower_left: Tensor, lower_right: Tensor) -> Tensor:
     return torch.cat((torch.cat((upper_left, upper_right), 1), torch.cat((lower_left, lower_right), 1)))
 

@@ -2,20 +2,21 @@
 
 The gradient of W arrives as P U^T, P (O, r), U (I, r) orthonormal. The rule:
 
-    M <- beta M U_old^T U + (1 - beta) P            momentum, carried to the step's new basis (a projection)
-    D  = M (M^T M)^(-1/2)                           its polar factor: every direction of the subspace counts the same
-    W <- truncate_K( W - eta D U^T ),               eta = learning_rate * ||W||_F
+    M V^T <- truncate_r( beta M V^T + (1 - beta) P U^T )   momentum, in a subspace of its own (`subspace/momentum.py`)
+    D  = M (M^T M)^(-1/2)                                  its polar factor: every direction counts the same
+    W <- truncate_K( W - eta D V^T ),                      eta = learning_rate * ||W||_F
 
 The last line is the WSI step of `subspace/weight.py` where W = L R is in factors; a dense W (`asi`) is not truncated.
 The paper uses plain SGD in its place, which does not learn on a real pretrained network: raw gradient norms differ a
 hundredfold between layers and photos, and one clip threshold lets a few layers decide. The polar factor is steepest
 descent under the spectral norm (as in Muon, Jordan et al. 2024, where an iteration over the dense (O, I) momentum
 approximates it; here r is small enough to do it exactly on (r, r)). It needs no second moments: the state is M, the
-old U and the Gram matrices, a fifth of what AdamW on the factors holds.
+V and the Gram matrices, a fifth of what AdamW on the factors holds.
 `eta` is relative to the layer's own size, so that one learning rate fits all layers.
 
-The last two lines cost as much as the momentum's mean over ten steps changes little from one to the next. So linears
-take turns: momentum gathers every gradient, and each `turns`-th step moves the weight, `turns` times as far.
+All three lines cost much, and a mean over many steps changes little from one to the next. So linears take turns: each
+`turns`-th step moves the weight, `turns` times as far, and chooses V anew; at the steps between, momentum gathers
+what V sees of their gradients.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from wasi_edge.chunks import ROUNDING_ROWS, has_turn
 from wasi_edge.layers.linear import AsiLinear, SubspaceLinear, WasiLinear
 from wasi_edge.planner.memory import update_scratch_bytes
 from wasi_edge.subspace.factors import MAX_CONDITION, WeightFactors, make_orthonormal, weight_factors
-from wasi_edge.subspace.weight import momentum_to_new_basis, update_weight
+from wasi_edge.subspace.momentum import add_gradient, add_known_part
+from wasi_edge.subspace.weight import update_weight
 
-MOMENTUM = 0.9
+MOMENTUM = 0.95
 # singular values of M below this share of the largest are noise and are not blown up to one
 POLAR_FLOOR = 1e-3
 # steps; linears take turns, so that no step is much longer than another
@@ -80,11 +82,10 @@ class FactorUpdate:
         self.seconds += time.perf_counter() - began
 
     def _update(self, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
-        linear = self._linears[name]
-        basis = linear.basis
-        assert basis is not None
-        momentum = self._add_to_momentum(name, projected, basis)
-        if not self.has_turn(name, step):
+        linear, has_turn = self._linears[name], self.has_turn(name, step)
+        assert linear.basis is not None
+        momentum, basis = self._add_to_momentum(name, projected, linear.basis, has_turn)
+        if not has_turn:
             return
         learning_rate *= self._turns
         direction = polar_factor(momentum)
@@ -101,17 +102,16 @@ class FactorUpdate:
             self._orthonormalise(name, linear, factors)
         self._put_back(linear, factors, name, step)
 
-    def _add_to_momentum(self, name: str, projected: Tensor, basis: Tensor) -> Tensor:
-        """M (O, r) in this step's basis, with P in it."""
-        if name in self._momentum:
-            carried = self._momentum[name]
-            if not torch.equal(self._basis[name], basis):
-                carried = momentum_to_new_basis(carried, self._basis[name], basis)
-            torch.lerp(carried, projected, 1 - MOMENTUM, out=self._momentum[name])
+    def _add_to_momentum(
+        self, name: str, projected: Tensor, gradient_basis: Tensor, moves_basis: bool
+    ) -> tuple[Tensor, Tensor]:
+        """M (O, r) with P in it, and its basis V (I, r), which is chosen anew where it may move."""
+        if name not in self._momentum:
+            self._momentum[name], self._basis[name] = projected * (1 - MOMENTUM), gradient_basis.clone()
         else:
-            self._momentum[name] = projected * (1 - MOMENTUM)
-        self._basis[name] = basis
-        return self._momentum[name]
+            add = add_gradient if moves_basis else add_known_part
+            add(self._momentum[name], self._basis[name], projected, gradient_basis, MOMENTUM)
+        return self._momentum[name], self._basis[name]
 
     @property
     def scratch_bytes(self) -> int:
