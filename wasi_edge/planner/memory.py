@@ -180,7 +180,11 @@ def training_items(load: Workload, choices: Choices) -> list[Item]:
     items = [
         Item(f"weights ({kind}, {choices.weight_bits} bits)", linear_bytes),
         Item("weights (norms, biases, embeddings, head)", other_bytes),
-        Item("gradients (P, U, dense parameters)", subspace_bytes(load, choices) + (learning + made) * FLOAT),
+        Item(
+            "gradients (P, U, dense parameters)",
+            # and the bases of the step before, until this one is done
+            subspace_bytes(load, choices) + _trained_sizes(load, choices).bases + (learning + made) * FLOAT,
+        ),
         Item(
             "optimiser state (momentum, Gram matrices, moments)",
             update_state_bytes(load, choices) + learning * 2 * FLOAT + updating,
