@@ -324,10 +324,12 @@ def plans_by_budget(name: str) -> list[tuple[int, Plan]]:
 
 @ANY_LOAD
 def test_no_plan_exceeds_its_budget_and_a_larger_budget_is_never_slower(name):
+    """Among plans that learn the same: a gradient of smaller rank may be faster."""
     plans = plans_by_budget(name)
     assert all(plan.peak_bytes <= budget for budget, plan in plans)
-    seconds = [plan.seconds for _, plan in plans]
-    assert seconds == sorted(seconds, reverse=True)
+    for _, alike in itertools.groupby(plans, lambda entry: (entry[1].gradient_rank, entry[1].trained_blocks)):
+        seconds = [plan.seconds for _, plan in alike]
+        assert seconds == sorted(seconds, reverse=True)
 
 
 def again(plan: Plan) -> int:
