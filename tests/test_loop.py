@@ -67,7 +67,7 @@ def go(trainer: CountingTrainer, progress: Progress, stop_at: int | None = None,
         on_step=lambda _: None,
         peak_bytes=lambda: 0,
     )
-    settings = LoopSettings(epochs=epochs, batch=4, micro_batch=4, seed=0, patience=2, max_seconds=None)
+    settings = LoopSettings(epochs=epochs, batch=4, micro_batch=4, seed=0, patience=2, max_seconds=None, warm_up=0.1)
     return train(trainer, Photos(TRAIN), Photos(HELD_OUT), settings, progress, Silent(), hooks)  # type: ignore[arg-type]
 
 

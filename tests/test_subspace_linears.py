@@ -144,7 +144,9 @@ def test_linears_take_turns_and_their_momentum_gathers_every_gradient():
             momenta[name], bases[name] = dense_momentum_step(momenta[name], stays, gradient, MOMENTUM, 3)
             if rule.has_turn(name, step):
                 rate = 2 * 0.01 * float(torch.linalg.matrix_norm(weights[name]))
-                weights[name] = (1 - rate * 0.1) * weights[name] - rate * dense_polar_factor(momenta[name], 3, POLAR_FLOOR)
+                weights[name] = (1 - rate * 0.1) * weights[name] - rate * dense_polar_factor(
+                    momenta[name], 3, POLAR_FLOOR
+                )
                 moves.append((step, name))
             rule.update(name, grads["projected"], 0.01, step)
             assert relative_difference(layer.params["weight"], weights[name]) < 1e-12

@@ -260,7 +260,7 @@ def test_a_checkpoint_of_the_same_step_is_not_taken_away_to_be_written_again(tmp
 
 
 def test_schedule_warms_up_and_ends_near_zero():
-    values = [schedule(step, 100) for step in range(1, 101)]
+    values = [schedule(step, 100, 0.1) for step in range(1, 101)]
     assert values[0] < 0.2 and max(values) > 0.9 and 0 <= values[-1] < 0.01
     assert values.index(max(values)) in range(8, 12)
 

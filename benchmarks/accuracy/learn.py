@@ -45,6 +45,7 @@ class Variant:
     learning_rate: float | None = None
     dense_rate: float | None = None
     head_rate: float | None = None
+    warm_up: float | None = None
     epochs: int = 6
     label_smoothing: float = defaults.LABEL_SMOOTHING
     weight_decay: float = defaults.WEIGHT_DECAY
@@ -52,6 +53,11 @@ class Variant:
     momentum: float = factor_update.MOMENTUM
     smallest_crop: float = SCALE_RANGE[0]
     batch: int = defaults.BATCH
+
+    @property
+    def warm_up_share(self) -> float:
+        """Of the steps."""
+        return defaults.WARM_UP[self.method] if self.warm_up is None else self.warm_up
 
     @property
     def recipe(self) -> Recipe:
@@ -128,7 +134,9 @@ def learn(
 
     history = [{"epoch": 0, "val": first.accuracy, "val_loss": first.loss, "seconds": round(head_seconds, 1)}]
     steps, times = [0.0], [0.0]
-    settings = LoopSettings(variant.epochs, variant.batch, variant.batch, seed, variant.epochs, None)
+    settings = LoopSettings(
+        variant.epochs, variant.batch, variant.batch, seed, variant.epochs, None, variant.warm_up_share
+    )
 
     def on_step(at: Progress) -> None:
         steps.append(at.train_seconds)
@@ -168,7 +176,7 @@ def settings_of(variant: Variant, subject: Subject, **more: Any) -> dict[str, An
     """What the result of `learn` depends on: a variant with its rates resolved, weights, the input size."""
     return {
         "variant": dataclasses.asdict(variant),
-        "recipe": dataclasses.asdict(variant.recipe),
+        "recipe": dataclasses.asdict(variant.recipe) | {"warm_up": variant.warm_up_share},
         "weights": _fingerprint(subject.folder) if subject.folder else subject.name,
         "image_size": subject.image_size,
         **more,

@@ -13,9 +13,8 @@ from torch import Tensor
 # times the precision of the factors, added to the squares of what a basis has beyond another: it may have nothing
 _RIDGE = 16
 
-def add_gradient(
-    momentum: Tensor, basis: Tensor, gradient_left: Tensor, gradient_basis: Tensor, beta: float
-) -> None:
+
+def add_gradient(momentum: Tensor, basis: Tensor, gradient_left: Tensor, gradient_basis: Tensor, beta: float) -> None:
     """Make M V^T the best rank-r approximation of `beta M V^T + (1 - beta) P U^T`, in place.
 
     With C = V^T U, E = U - V C and S S^T = E^T E (Cholesky) the sum is T B^T, T = [beta M + (1 - beta) P C^T,
@@ -53,9 +52,7 @@ def add_gradient(
     basis.copy_(turned)
 
 
-def add_known_part(
-    momentum: Tensor, basis: Tensor, gradient_left: Tensor, gradient_basis: Tensor, beta: float
-) -> None:
+def add_known_part(momentum: Tensor, basis: Tensor, gradient_left: Tensor, gradient_basis: Tensor, beta: float) -> None:
     """Make M `beta M + (1 - beta) P U^T V`, in place: as `add_gradient` with V as it is, for a tenth of the time.
 
     Raises

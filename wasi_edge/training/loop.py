@@ -22,8 +22,6 @@ from wasi_edge.training.photos import PhotoSet
 from wasi_edge.training.request import Events
 from wasi_edge.training.trainer import Trainer
 
-WARM_UP_SHARE = 0.1
-
 
 @dataclass
 class Progress:
@@ -66,7 +64,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long and in what portions. `patience`: epochs without a better validation before stopping early;
+    """How long and in what portions. `warm_up`: share of the steps in which the rate rises; `patience`: epochs without a better validation before stopping early;
     `closing_photos`: photos that are looked at once more when training is over."""
 
     epochs: int
@@ -75,6 +73,7 @@ class LoopSettings:
     seed: int
     patience: int
     max_seconds: float | None
+    warm_up: float
     closing_photos: int = 0
 
 
@@ -179,10 +178,11 @@ def train(
     return "completed"
 
 
-def schedule(step: int, total_steps: int) -> float:
-    """Linear warm-up over the first tenth, then half a cosine down to zero. `step` counts from 1."""
+def schedule(step: int, total_steps: int, warm_up: float) -> float:
+    """Half a cosine from one down to zero, times a linear rise over the first `warm_up` of the steps. `step` counts
+    from 1."""
     done = step / total_steps
-    return min(1.0, done / WARM_UP_SHARE) * 0.5 * (1 + math.cos(math.pi * (step - 1) / total_steps))
+    return min(1.0, done / warm_up) * 0.5 * (1 + math.cos(math.pi * (step - 1) / total_steps))
 
 
 def _step(
@@ -209,7 +209,7 @@ def _step(
         weight_sum += float(weight.sum())
         correct += loss.correct
     done = progress.step + 1
-    factor = schedule(done, total_steps)
+    factor = schedule(done, total_steps, settings.warm_up)
     if settings.max_seconds is not None:
         # a run that will be cut off anneals by the clock
         factor = min(factor, 0.5 * (1 + math.cos(math.pi * min(1.0, hooks.elapsed() / settings.max_seconds))))

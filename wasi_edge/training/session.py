@@ -113,6 +113,7 @@ class Session:
             seed=request.seed,
             patience=defaults.PATIENCE,
             max_seconds=request.max_seconds,
+            warm_up=defaults.WARM_UP[request.method],
             closing_photos=result.count_statistics_photos(len(self._prepared.labels)),
         )
 
