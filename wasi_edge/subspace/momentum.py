@@ -71,7 +71,5 @@ def _check(momentum: Tensor, basis: Tensor, gradient_left: Tensor, gradient_basi
         or momentum.shape[0] != gradient_left.shape[0]
         or basis.shape[0] != gradient_basis.shape[0]
     ):
-        raise ValueError(
-            "expected momentum (O, r), basis (I, r), gradient (O, r'), its basis (I, r'), got "
-            f"{tuple(momentum.shape)}, {tuple(basis.shape)}, {tuple(gradient_left.shape)}, {tuple(gradient_basis.shape)}"
-        )
+        shapes = ", ".join(str(tuple(part.shape)) for part in (momentum, basis, gradient_left, gradient_basis))
+        raise ValueError(f"expected momentum (O, r), basis (I, r), gradient (O, r'), its basis (I, r'), got {shapes}")

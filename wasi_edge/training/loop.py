@@ -64,8 +64,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long and in what portions. `warm_up`: share of the steps in which the rate rises; `patience`: epochs without a better validation before stopping early;
-    `closing_photos`: photos that are looked at once more when training is over."""
+    """How long and in what portions. `warm_up`: share of the steps in which the rate rises; `patience`: epochs without
+    a better validation before stopping early; `closing_photos`: photos that are looked at once more when training is
+    over."""
 
     epochs: int
     batch: int
