@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.accuracy.converted import converted
 from benchmarks.accuracy.datasets import ROOT, Photos, fixed_split, load_photos, random_split
 from benchmarks.accuracy.learn import Variant, head_accuracy, learn, photo_features, settings_of
 from benchmarks.accuracy.study import Job
 from wasi_edge.bench.subject import Subject, find_subject
 
+EPSILON, CALIBRATION = 0.8, 400
 DENSE_MODEL = str(ROOT.parent / "models" / "vit-s14")
 WASI, VANILLA, HEAD = Variant(), Variant("vanilla", epochs=10), Variant("head")
 
@@ -62,12 +64,27 @@ CLAIM_SETS: dict[str, tuple[int, int | None]] = {
 
 
 def against_vanilla(datasets: list[str], repeats: int) -> Iterator[Job]:
-    """WASI on the embedded model, and on the dense network vanilla and the closed-form head: the same splits."""
+    """Of the dense network WASI, converted on the photos it trains on, vanilla and the closed-form head; and WASI on the
+    embedded model: the same splits."""
     for split in range(repeats):
         for name in datasets or CLAIM_SETS:
             size, per_class = CLAIM_SETS[name]
-            for label, variant in (("wasi", WASI), ("head", HEAD), ("vanilla", VANILLA)):
+            yield _converted_job(name, size, per_class, split)
+            for label, variant in (("wasi, embedded", WASI), ("head", HEAD), ("vanilla", VANILLA)):
                 yield _job(name, size, per_class, label, variant, split, fixed=False)
+
+
+def _converted_job(name: str, size: int, per_class: int | None, split: int) -> Job:
+    dense = _subject(DENSE_MODEL, size)
+
+    def work() -> dict[str, Any]:
+        photos = _photos(name, size, per_class)
+        parts = random_split(photos, split)
+        with converted(DENSE_MODEL, photos, parts.train, CALIBRATION, EPSILON, size) as (subject, seconds):
+            return learn(subject, photos, parts, WASI, split) | {"conversion_seconds": round(seconds, 1)}
+
+    settings = settings_of(WASI, dense, photos_per_class=per_class, epsilon=EPSILON, calibration_photos=CALIBRATION)
+    return Job(name, "wasi", split, work, settings)
 
 
 # data set: photos a class, and how many of all are trained on and tested on

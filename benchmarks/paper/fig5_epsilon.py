@@ -11,14 +11,13 @@ FLOPs of our products, and as the paper counts them for inputs compressed in the
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.accuracy.converted import converted
 from benchmarks.accuracy.datasets import Photos, load_photos, random_split
 from benchmarks.accuracy.learn import Variant, learn, settings_of
 from benchmarks.accuracy.studies import DENSE_MODEL
@@ -26,11 +25,7 @@ from benchmarks.accuracy.study import Job, Store
 from benchmarks.paper.figures import EPSILONS, open_store, write_plot, write_table
 from wasi_edge.bench.flops import paper_count, step_flops
 from wasi_edge.bench.subject import Read, Subject, find_subject
-from wasi_edge.conversion.calibration import spread
-from wasi_edge.conversion.convert import Calibration, Settings, convert
-from wasi_edge.conversion.sources import open_source
 from wasi_edge.method import Method
-from wasi_edge.preprocess import center_view
 from wasi_edge.report.svg import Series, line_chart
 from wasi_edge.report.svg_scatter import Cloud, scatter_chart
 from wasi_edge.training import defaults
@@ -104,10 +99,8 @@ def _run(point: _Point, split: int) -> dict[str, Any]:
         subject = _Truncated(**vars(subject), truncated=point.epsilon) if point.method is Method.LORA else subject
         return learn(subject, photos, random_split(photos, split), variant, split)
     train = random_split(photos, split).train
-    with tempfile.TemporaryDirectory() as folder:
-        artefact = Path(folder) / "model"
-        _convert(photos, [int(train[i]) for i in spread(len(train), CALIBRATION)], point.epsilon or 1.0, artefact)
-        return learn(find_subject(str(artefact), SIZE), photos, random_split(photos, split), variant, split)
+    with converted(DENSE_MODEL, photos, train, CALIBRATION, point.epsilon or 1.0, SIZE) as (subject, _):
+        return learn(subject, photos, random_split(photos, split), variant, split)
 
 
 @dataclass(frozen=True)
@@ -126,13 +119,6 @@ class _Truncated(Subject):
             return dense(name)
 
         return read
-
-
-def _convert(photos: Photos, chosen: list[int], epsilon: float, folder: Path) -> None:
-    settings = Settings(epsilon, "float32", SIZE, always_factor=True)
-    views = Calibration(len(chosen), lambda index: center_view(photos.read(chosen[index]), photos.preprocessing))
-    with open_source(Path(DENSE_MODEL)) as source:
-        convert(source, folder, settings, views, {}, lambda done, total: None)
 
 
 @lru_cache(maxsize=1)
