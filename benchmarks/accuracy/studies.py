@@ -64,7 +64,7 @@ CLAIM_SETS: dict[str, tuple[int, int | None]] = {
 
 
 def against_vanilla(datasets: list[str], repeats: int) -> Iterator[Job]:
-    """Of the dense network WASI, converted on the photos it trains on, vanilla and the closed-form head; and WASI on the
+    """WASI of the dense network converted on the photos it trains on, its vanilla and closed-form head; and WASI of the
     embedded model: the same splits."""
     for split in range(repeats):
         for name in datasets or CLAIM_SETS:
