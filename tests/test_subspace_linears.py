@@ -139,7 +139,7 @@ def test_linears_take_turns_and_their_momentum_gathers_every_gradient():
         for number, (name, layer) in enumerate(layers.items()):
             _, _, _, grads = both_passes(layer, 50 + 20 * step + 2 * number)
             assert layer.basis is not None
-            stays = None if rule.has_turn(name, step) or step == 1 else bases[name]
+            stays = None if rule.has_turn(name, step) else bases[name]
             gradient = grads["projected"] @ layer.basis.T
             momenta[name], bases[name] = dense_momentum_step(momenta[name], stays, gradient, MOMENTUM, 3)
             if rule.has_turn(name, step):

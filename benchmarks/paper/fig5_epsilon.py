@@ -94,13 +94,13 @@ def _settings(point: _Point) -> dict[str, Any]:
 
 def _run(point: _Point, split: int) -> dict[str, Any]:
     photos, variant = _photos(), _variant(point)
+    parts = random_split(photos, split)
     if point.group != "wasi, calibrated":
         subject = find_subject(DENSE_MODEL, SIZE)
         subject = _Truncated(**vars(subject), truncated=point.epsilon) if point.method is Method.LORA else subject
-        return learn(subject, photos, random_split(photos, split), variant, split)
-    train = random_split(photos, split).train
-    with converted(DENSE_MODEL, photos, train, CALIBRATION, point.epsilon or 1.0, SIZE) as (subject, _):
-        return learn(subject, photos, random_split(photos, split), variant, split)
+        return learn(subject, photos, parts, variant, split)
+    with converted(DENSE_MODEL, photos, parts.train, CALIBRATION, point.epsilon or 1.0, SIZE) as (subject, _):
+        return learn(subject, photos, parts, variant, split)
 
 
 @dataclass(frozen=True)

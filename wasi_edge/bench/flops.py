@@ -159,15 +159,14 @@ def update_flops(out: int, inner: int, rank: int | None, gradient_rank: int) -> 
     momentum's new basis and polar factor and the exact WSI step (`subspace/weight.py`), or the product added to a dense
     weight."""
     r = min(gradient_rank, inner)
-    carry = 2 * r * r * (inner + out)
+    carry, polar = 2 * r * r * (inner + out), 4 * r * r * out
     # E, E^T E, V W and E S^-T W, and the QR; P S, T^T T and T W
-    turn = 2 * r * r * (6 * inner + 7 * out)
-    polar = turn + 4 * r * r * out
+    new_basis = 2 * r * r * (6 * inner + 7 * out)
     if rank is None:
-        return carry + (polar + 2 * out * inner * r) / TURNS
+        return carry + (new_basis + polar + 2 * out * inner * r) / TURNS
     thin = 2 * rank * r * (2 * out + 3 * inner)  # L^T P, R U, L + P E, F, R + X F
     # five products of an inverse Gram matrix with (K, r), and a change of rank 2 r to both
-    return carry + (polar + thin + 18 * rank * rank * r) / TURNS
+    return carry + (new_basis + polar + thin + 18 * rank * rank * r) / TURNS
 
 
 def _iteration(a: int, b: int, r: int) -> float:

@@ -2,7 +2,7 @@
 
 Momentum is M V^T with M (O, r), V (I, r) orthonormal; a gradient is P U^T with P (O, r'), U (I, r') orthonormal in the
 basis of its own batch. Kept in the basis of the newest batch instead, momentum loses at every step what the next batch
-does not see: with a basis that follows each batch that is a fifth of its energy, and ten steps of memory become three.
+does not see: with a basis that follows each batch that is a fifth of its energy, and ten steps of memory become five.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ The last line is the WSI step of `subspace/weight.py` where W = L R is in factor
 The paper uses plain SGD in its place, which does not learn on a real pretrained network: raw gradient norms differ a
 hundredfold between layers and photos, and one clip threshold lets a few layers decide. The polar factor is steepest
 descent under the spectral norm (as in Muon, Jordan et al. 2024, where an iteration over the dense (O, I) momentum
-approximates it; here r is small enough to do it exactly on (r, r)). It needs no second moments: the state is M, the
+approximates it; here r is small enough to do it exactly on (r, r)). It needs no second moments: the state is M,
 V and the Gram matrices, a fifth of what AdamW on the factors holds.
 `eta` is relative to the layer's own size, so that one learning rate fits all layers.
 
