@@ -12,7 +12,8 @@ import pytest
 import torch
 from tiny_artefact import write_tiny
 
-from benchmarks.accuracy.datasets import Photos, random_split
+from benchmarks.accuracy import datasets
+from benchmarks.accuracy.datasets import Photos, folds, random_split
 from benchmarks.accuracy.learn import Variant, head_accuracy, learn, photo_features
 from benchmarks.accuracy.study import Job, Store, paired_difference
 from benchmarks.paper import fig3b_iteration, formulas, rank_selection
@@ -150,9 +151,11 @@ def test_a_result_is_kept_at_once_and_not_measured_again(tmp_path: Path) -> None
 
     with pytest.raises(KeyboardInterrupt):
         Store("study", {}, tmp_path).run([job("a"), job("b", fails=True)], lambda text: None)
-    again = Store("study", {}, tmp_path)
+    again = Store("study", {"cpu": "another"}, tmp_path)
     again.run([job("a"), job("b")], lambda text: None)
-    assert done == ["a", "b"] and again.of("set", "b") == {0: {"test": 0.5}}
+    assert done == ["a", "b"] and again.of("set", "b") == {0: {"test": 0.5, "machine": 1}}
+    held = json.loads((tmp_path / "study.json").read_text())
+    assert held["machines"] == [{}, {"cpu": "another"}] and held["runs"]["set | a | 0"]["machine"] == 0
 
 
 def test_a_result_of_other_settings_is_measured_again(tmp_path: Path) -> None:
@@ -163,6 +166,17 @@ def test_a_result_of_other_settings_is_measured_again(tmp_path: Path) -> None:
         store = Store("study", {}, tmp_path)
         store.run([job(rate)], lambda text: None)
         assert Store("study", {}, tmp_path).of("set", "a")[0]["test"] == expected
+
+
+def test_folds_validate_every_photo_once_and_leave_tests_alone(photos: Photos, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = random_split(photos, 0)
+    monkeypatch.setattr(datasets, "fixed_split", lambda name, photos: held)
+    found = [folds("any", photos, number) for number in range(4)]
+    pool = sorted([*held.train, *held.val])
+    assert sorted(i for fold in found for i in fold.val) == pool
+    for fold in found:
+        assert sorted([*fold.train, *fold.val]) == pool and np.array_equal(fold.test, fold.val)
+        assert abs(int(photos.labels[torch.from_numpy(fold.val)].sum()) * 2 - len(fold.val)) <= 2
 
 
 def test_paired_difference_over_the_splits_both_have() -> None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 from statistics import fmean as _mean
 
-from benchmarks.accuracy.datasets import load_photos, write_fixed_split
+from benchmarks.accuracy.datasets import write_fixed_split
 from benchmarks.accuracy.studies import RECIPE_SETS, STUDIES
 from benchmarks.accuracy.study import Store, paired_difference, this_machine
-from wasi_edge.bench.subject import find_subject
 
 
 def main() -> None:
@@ -19,13 +18,14 @@ def main() -> None:
     parser.add_argument("study", choices=[*STUDIES, "splits"])
     parser.add_argument("--data", default="", help="comma-separated; all of the study's if not given")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0, help="of `splits`")
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
     given = parser.parse_args()
     datasets = [name for name in given.data.split(",") if name]
     if given.study == "splits":
-        for name in datasets or RECIPE_SETS:
-            per_class = RECIPE_SETS[name][1]
-            write_fixed_split(name, load_photos(name, find_subject("default", 28).preprocessing, per_class))
+        for source in RECIPE_SETS:
+            if not datasets or source.name in datasets:
+                write_fixed_split(source.name, source.photos(), given.seed)
         return
     store = Store(given.study, this_machine())
     jobs = list(STUDIES[given.study](datasets, given.repeats))

@@ -57,8 +57,8 @@ class Split:
     test: np.ndarray
 
 
-def load_photos(name: str, preprocessing: Preprocessing, per_class: int | None = None) -> Photos:
-    """All photos of `clothing`, `flowers`, `hymenoptera` or `cifar10`, or the first so many of each class.
+def load_photos(name: str, preprocessing: Preprocessing, per_class: int | None = None, first: int = 0) -> Photos:
+    """All photos of `clothing`, `flowers`, `hymenoptera` or `cifar10`, or so many of each class from the `first` on.
 
     Raises FileNotFoundError where the data is absent.
     """
@@ -70,9 +70,9 @@ def load_photos(name: str, preprocessing: Preprocessing, per_class: int | None =
     classes: list[str] = []
     taken: dict[str, int] = {}
     for label, photo, image in tiles:
-        if per_class is not None and taken.get(label, 0) >= per_class:
+        taken[label] = number = taken.get(label, 0) + 1
+        if number <= first or (per_class is not None and number > first + per_class):
             continue
-        taken[label] = taken.get(label, 0) + 1
         if label not in classes:
             classes.append(label)
         opened = open_photo(image, preprocessing.resize_side) if isinstance(image, Path) else image
@@ -117,6 +117,23 @@ def fixed_split(name: str, photos: Photos) -> Split:
     named = json.loads((SPLITS / f"{name}.json").read_text())
     index = {photo: i for i, photo in enumerate(photos.names)}
     return Split(*(np.array([index[photo] for photo in named[part] if photo in index]) for part in PARTS))
+
+
+def folds(name: str, photos: Photos, number: int, parts: int = 4) -> Split:
+    """Fold `number` of what the fixed split does not keep for tests: one of `parts` validates, the others train.
+
+    Validation photos stand in for test photos too, which these splits leave alone.
+    """
+    held = fixed_split(name, photos)
+    pool = np.sort(np.concatenate([held.train, held.val]))
+    rng = np.random.default_rng(1000)
+    train: list[int] = []
+    val: list[int] = []
+    for label in range(len(photos.classes)):
+        members = rng.permutation(pool[photos.labels.numpy()[pool] == label])
+        for index, part in enumerate(np.array_split(members, parts)):
+            (val if index == number else train).extend(part.tolist())
+    return Split(np.array(sorted(train)), np.array(sorted(val)), np.array(sorted(val)))
 
 
 def write_fixed_split(name: str, photos: Photos, seed: int = 0) -> None:

@@ -1,13 +1,13 @@
 """The studies: which model, on which photos, learns how.
 
-Defaults are chosen on the validation part of fixed splits (`recipes`); what is claimed is measured on random splits,
-the same for every method (`against_vanilla`).
+Defaults are chosen on folds of the photos that fixed splits do not keep for tests (`recipes`); what is claimed is
+measured on random splits, the same for every method (`against_vanilla`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -15,77 +15,88 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy.converted import converted
-from benchmarks.accuracy.datasets import ROOT, Photos, fixed_split, load_photos, random_split
+from benchmarks.accuracy.datasets import ROOT, Photos, Split, folds, load_photos, random_split
 from benchmarks.accuracy.learn import Variant, head_accuracy, learn, photo_features, settings_of
 from benchmarks.accuracy.study import Job
 from wasi_edge.bench.subject import Subject, find_subject
 
 EPSILON, CALIBRATION = 0.8, 400
 DENSE_MODEL = str(ROOT.parent / "models" / "vit-s14")
+Divide = Callable[[Photos], Split]
 WASI, VANILLA, HEAD = Variant(), Variant("vanilla", epochs=10), Variant("head")
 
-# data set: input size in pixels, photos a class
-RECIPE_SETS: dict[str, tuple[int, int | None]] = {"clothing": (112, None), "flowers": (56, 100), "cifar10": (56, 100)}
+
+@dataclass(frozen=True)
+class Source:
+    """Photos of a data set at an input size: all, or so many of each class from the `first` on."""
+
+    name: str
+    size: int
+    per_class: int | None = None
+    first: int = 0
+
+    def photos(self) -> Photos:
+        return _photos(self)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a result depends on; the size stands beside the model's."""
+        return {"photos_per_class": self.per_class} | ({"first_photo": self.first} if self.first else {})
+
+
+# of cifar10 photos that `against_vanilla` never sees
+RECIPE_SETS = (Source("cifar10", 84, 200, 1000), Source("clothing", 168), Source("flowers", 112))
 RECIPES: dict[str, Variant] = {
     "wasi": WASI,
-    "wasi, lr 2e-5": replace(WASI, learning_rate=2e-5),
-    "wasi, lr 8e-5": replace(WASI, learning_rate=8e-5),
+    "wasi, lr 3e-5": replace(WASI, learning_rate=3e-5),
+    "wasi, lr 1e-4": replace(WASI, learning_rate=1e-4),
     "wasi, lr 1.6e-4": replace(WASI, learning_rate=1.6e-4),
+    "wasi, lr 1e-4, 10 epochs": replace(WASI, learning_rate=1e-4, epochs=10),
+    "wasi, 10 epochs": replace(WASI, epochs=10),
     "wasi, momentum 0.9": replace(WASI, momentum=0.9),
     "wasi, rising over 0.1": replace(WASI, warm_up=0.1),
     "wasi, r 16": replace(WASI, gradient_rank=16),
-    "wasi, dense rate x4": replace(WASI, dense_rate=1.0),
+    "wasi, dense rate x4": replace(WASI, dense_rate=6e-5),
     "wasi, crops from 0.6": replace(WASI, smallest_crop=0.6),
     "wasi, no smoothing": replace(WASI, label_smoothing=0.0),
-    "vanilla, lr 2e-5": Variant("vanilla", learning_rate=2e-5),
-    "vanilla, lr 5e-5": Variant("vanilla", learning_rate=5e-5),
-    "vanilla, lr 1e-4": Variant("vanilla", learning_rate=1e-4),
-    "lora, lr 5e-4": Variant("lora", learning_rate=5e-4),
-    "lora, lr 1e-3": Variant("lora", learning_rate=1e-3),
-    "lora, lr 2e-3": Variant("lora", learning_rate=2e-3),
+    "vanilla": VANILLA,
+    "vanilla, lr 2e-5": replace(VANILLA, learning_rate=2e-5),
+    "vanilla, lr 1e-4": replace(VANILLA, learning_rate=1e-4),
+    "lora, lr 5e-4": Variant("lora", learning_rate=5e-4, epochs=10),
+    "lora, lr 1e-3": Variant("lora", learning_rate=1e-3, epochs=10),
+    "lora, lr 2e-3": Variant("lora", learning_rate=2e-3, epochs=10),
 }
 
 
 def recipes(datasets: list[str], repeats: int) -> Iterator[Job]:
-    """Learning rates and what else a step does, each on the validation part of every data set."""
-    for seed in range(repeats):
-        for name in datasets or RECIPE_SETS:
-            size, per_class = RECIPE_SETS[name]
-            for label, variant in RECIPES.items():
-                yield _job(name, size, per_class, label, variant, seed, fixed=True)
+    """Learning rates and what else a step does, on folds of every data set's training and validation photos."""
+    for fold in range(repeats):
+        for label, variant in RECIPES.items():
+            for source in RECIPE_SETS:
+                if not datasets or source.name in datasets:
+                    split = partial(folds, source.name, number=fold)
+                    yield (_converted_job if variant.method == "wasi" else _job)(source, label, variant, fold, split)
 
 
-# data set: input size, photos a class, random splits
-CLAIM_SETS: dict[str, tuple[int, int | None]] = {
-    "clothing": (168, None),
-    "flowers": (112, None),
-    "hymenoptera": (168, None),
-    "cifar10": (84, 700),
-}
+CLAIM_SETS = (
+    Source("clothing", 168),
+    Source("flowers", 112),
+    Source("hymenoptera", 168),
+    Source("cifar10", 84, 700),
+)
 
 
 def against_vanilla(datasets: list[str], repeats: int) -> Iterator[Job]:
     """WASI of the dense network converted on the photos it trains on, its vanilla and closed-form head; and WASI of the
     embedded model: the same splits."""
-    for split in range(repeats):
-        for name in datasets or CLAIM_SETS:
-            size, per_class = CLAIM_SETS[name]
-            yield _converted_job(name, size, per_class, split)
-            for label, variant in (("wasi, embedded", WASI), ("head", HEAD), ("vanilla", VANILLA)):
-                yield _job(name, size, per_class, label, variant, split, fixed=False)
-
-
-def _converted_job(name: str, size: int, per_class: int | None, split: int) -> Job:
-    dense = _subject(DENSE_MODEL, size)
-
-    def work() -> dict[str, Any]:
-        photos = _photos(name, size, per_class)
-        parts = random_split(photos, split)
-        with converted(DENSE_MODEL, photos, parts.train, CALIBRATION, EPSILON, size) as (subject, seconds):
-            return learn(subject, photos, parts, WASI, split) | {"conversion_seconds": round(seconds, 1)}
-
-    settings = settings_of(WASI, dense, photos_per_class=per_class, epsilon=EPSILON, calibration_photos=CALIBRATION)
-    return Job(name, "wasi", split, work, settings)
+    for repeat in range(repeats):
+        split = partial(random_split, seed=repeat)
+        for source in CLAIM_SETS:
+            if not datasets or source.name in datasets:
+                yield _converted_job(source, "wasi", WASI, repeat, split)
+                yield _job(source, "wasi, embedded", WASI, repeat, split, "default")
+                yield _job(source, "head", HEAD, repeat, split)
+                yield _job(source, "vanilla", VANILLA, repeat, split)
 
 
 # data set: photos a class, and how many of all are trained on and tested on
@@ -108,7 +119,7 @@ def embedded_heads(datasets: list[str], repeats: int) -> Iterator[Job]:
 
 
 def _head_test(name: str, model: str, per_class: int | None, train: int, test: int, split: int) -> dict[str, Any]:
-    photos = _photos(name, 168, per_class)
+    photos = _photos(Source(name, 168, per_class))
     order = np.random.default_rng(split).permutation(len(photos))
     features = _features(name, model, per_class)
     return {"test": head_accuracy(features, photos, order[:train], order[train : train + test])}
@@ -116,7 +127,7 @@ def _head_test(name: str, model: str, per_class: int | None, train: int, test: i
 
 @lru_cache(maxsize=1)
 def _features(name: str, model: str, per_class: int | None) -> torch.Tensor:
-    return photo_features(_subject(model, 168), _photos(name, 168, per_class))
+    return photo_features(_subject(model, 168), _photos(Source(name, 168, per_class)))
 
 
 STUDIES: dict[str, Callable[[list[str], int], Iterator[Job]]] = {
@@ -126,15 +137,25 @@ STUDIES: dict[str, Callable[[list[str], int], Iterator[Job]]] = {
 }
 
 
-def _job(name: str, size: int, per_class: int | None, label: str, variant: Variant, split: int, fixed: bool) -> Job:
-    subject = _subject("default" if variant.method == "wasi" else DENSE_MODEL, size)
+def _job(source: Source, label: str, variant: Variant, repeat: int, split: Divide, model: str = DENSE_MODEL) -> Job:
+    subject = _subject(model, source.size)
 
     def work() -> dict[str, Any]:
-        photos = _photos(name, size, per_class)
-        parts = fixed_split(name, photos) if fixed else random_split(photos, split)
-        return learn(subject, photos, parts, variant, split)
+        photos = source.photos()
+        return learn(subject, photos, split(photos), variant, repeat)
 
-    return Job(name, label, split, work, settings_of(variant, subject, photos_per_class=per_class))
+    return Job(source.name, label, repeat, work, settings_of(variant, subject, **source.settings))
+
+
+def _converted_job(source: Source, label: str, variant: Variant, repeat: int, split: Divide) -> Job:
+    def work() -> dict[str, Any]:
+        photos = source.photos()
+        parts = split(photos)
+        with converted(DENSE_MODEL, photos, parts.train, CALIBRATION, EPSILON, source.size) as (subject, seconds):
+            return learn(subject, photos, parts, variant, repeat) | {"conversion_seconds": round(seconds, 1)}
+
+    settings = source.settings | {"epsilon": EPSILON, "calibration_photos": CALIBRATION}
+    return Job(source.name, label, repeat, work, settings_of(variant, _subject(DENSE_MODEL, source.size), **settings))
 
 
 @lru_cache(maxsize=4)
@@ -143,5 +164,6 @@ def _subject(model: str, size: int) -> Subject:
 
 
 @lru_cache(maxsize=1)
-def _photos(name: str, size: int, per_class: int | None) -> Photos:
-    return load_photos(name, _subject(DENSE_MODEL, size).preprocessing, per_class)
+def _photos(source: Source) -> Photos:
+    preprocessing = _subject(DENSE_MODEL, source.size).preprocessing
+    return load_photos(source.name, preprocessing, source.per_class, source.first)

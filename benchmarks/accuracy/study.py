@@ -36,18 +36,23 @@ class Job:
 
 
 class Store:
-    """Results of a study in `results/<name>.json`, with the machine they came from."""
+    """Results of a study in `results/<name>.json`, each with the number of the machine in `machines` it came from."""
 
     def __init__(self, name: str, machine: dict[str, Any], folder: Path = RESULTS) -> None:
-        self._path, self._machine = folder / f"{name}.json", machine
+        self._path = folder / f"{name}.json"
         held = json.loads(self._path.read_text()) if self._path.exists() else {}
         self.runs: dict[str, dict[str, Any]] = held.get("runs", {})
+        self._machines: list[dict[str, Any]] = held.get("machines", [])
+        if machine not in self._machines:
+            self._machines.append(machine)
+        self._machine = self._machines.index(machine)
 
     def run(self, jobs: Iterable[Job], say: Callable[[str], None] = print) -> None:
         """Do what is not there yet, in the order given."""
         for job in jobs:
             if not self._has(job):
-                self.runs[job.key] = job.work() | ({"settings": dict(job.settings)} if job.settings else {})
+                settings = {"settings": dict(job.settings)} if job.settings else {}
+                self.runs[job.key] = job.work() | settings | {"machine": self._machine}
                 self._write()
                 say(f"{job.key}: {_in_short(self.runs[job.key])}")
 
@@ -68,7 +73,8 @@ class Store:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self._path.with_suffix(".new")
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in self.runs.items())
-        fresh.write_text(f'{{"machine": {json.dumps(self._machine)},\n"runs": {{\n{lines}\n}}}}\n')
+        machines = ",\n".join(map(json.dumps, self._machines))
+        fresh.write_text(f'{{"machines": [\n{machines}\n],\n"runs": {{\n{lines}\n}}}}\n')
         os.replace(fresh, self._path)
 
 
