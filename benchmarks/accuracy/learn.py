@@ -1,7 +1,7 @@
 """One fine-tuning run in memory: the same loop, trainers and head as `finetune`, on a split of `datasets`.
 
-Test photos are looked at once for every model that validation calls the best so far; the last of them is the one that
-counts, so they choose nothing.
+Test photos are looked at after every epoch and choose nothing: what counts is their accuracy after the epoch that
+validation calls the best.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def learn(
     seed: int,
     watch: Callable[[int, Trainer], None] = lambda epoch, trainer: None,
 ) -> dict[str, Any]:
-    """Accuracies of the closed-form head and after every epoch, and the test accuracy of the best of them.
+    """Accuracies of the closed-form head and after every epoch, and of the best of them by validation.
 
     `seconds` of an epoch's entry: features, head and training up to its end, without validation; a step counts as the
     median of its epoch, so that a machine busy for a while does not. `watch` is called
@@ -125,14 +125,17 @@ def learn(
     head_seconds = time.monotonic() - began
     progress = Progress()
     first, head_test = validate(built, parts["val"]), validate(built, parts["test"])
-    best: dict[str, Any] = {"epoch": 0, "val": first.accuracy, "val_loss": first.loss, "test": head_test.accuracy}
     progress.best_accuracy, progress.best_loss = first.accuracy or 0.0, first.loss or 0.0
-    tests: list[float] = [head_test.accuracy or 0.0]
-
-    def on_best() -> None:
-        tests.append(validate(built, parts["test"]).accuracy or 0.0)
-
-    history = [{"epoch": 0, "val": first.accuracy, "val_loss": first.loss, "seconds": round(head_seconds, 1)}]
+    tests = [head_test.accuracy or 0.0]
+    history = [
+        {
+            "epoch": 0,
+            "val": first.accuracy,
+            "val_loss": first.loss,
+            "test": tests[0],
+            "seconds": round(head_seconds, 1),
+        }
+    ]
     steps, times = [0.0], [0.0]
     settings = LoopSettings(
         variant.epochs, variant.batch, variant.batch, seed, variant.epochs, None, variant.warm_up_share
@@ -144,30 +147,30 @@ def learn(
             taken = np.diff(steps)
             times.append(times[-1] + float(np.median(taken)) * len(taken))
             steps[:] = steps[-1:]
+            tests.append(validate(built, parts["test"]).accuracy or 0.0)
             watch(len(times) - 1, built)
 
-    hooks = Hooks(lambda: 0.0, lambda: False, on_best, lambda: None, on_step, lambda: 0)
+    hooks = Hooks(lambda: 0.0, lambda: False, lambda: None, lambda: None, on_step, lambda: 0)
     watch(0, built)
     if method is not Method.HEAD:
         train(built, parts["train"], parts["val"], settings, progress, _Quiet(), hooks)  # type: ignore[arg-type]
-    for entry, seconds in zip(progress.history, times[1:], strict=True):
+    for entry, test, seconds in zip(progress.history, tests[1:], times[1:], strict=True):
         history.append(
             {
                 "epoch": entry["epoch"],
                 "val": entry["val_accuracy"],
                 "val_loss": entry["val_loss"],
+                "test": test,
                 "train_loss": entry["train_loss"],
                 "seconds": round(head_seconds + seconds, 1),
             }
         )
-    if progress.best_epoch:
-        chosen = history[progress.best_epoch]
-        best = {"epoch": progress.best_epoch, "val": chosen["val"], "val_loss": chosen["val_loss"], "test": tests[-1]}
+    chosen = history[progress.best_epoch]
     return {
         "variant": dataclasses.asdict(variant),
         "seed": seed,
         "head_test": tests[0],
-        "best": best,
+        "best": {key: chosen[key] for key in ("epoch", "val", "val_loss", "test")},
         "history": history,
     }
 
