@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from tiny_artefact import write_tiny
 
 from benchmarks.accuracy import datasets
+from benchmarks.accuracy.accelerator import compute_on
 from benchmarks.accuracy.datasets import Photos, folds, random_split
 from benchmarks.accuracy.learn import Variant, head_accuracy, learn, photo_features
 from benchmarks.accuracy.study import Job, Store, paired_difference
@@ -156,6 +159,34 @@ def test_a_result_is_kept_at_once_and_not_measured_again(tmp_path: Path) -> None
     assert done == ["a", "b"] and again.of("set", "b") == {0: {"test": 0.5, "machine": 1}}
     held = json.loads((tmp_path / "study.json").read_text())
     assert held["machines"] == [{}, {"cpu": "another"}] and held["runs"]["set | a | 0"]["machine"] == 0
+
+
+def test_processes_share_the_jobs_and_keep_what_is_done_where_one_fails(tmp_path: Path) -> None:
+    def job(label: str) -> Job:
+        return Job("set", label, 0, lambda: {"test": 1 / float(label), "process": os.getpid()})
+
+    store = Store("study", {}, tmp_path)
+    store.run_beside([job(label) for label in "1234"], 2, lambda: None, lambda text: None)
+    assert [store.of("set", label)[0]["test"] for label in "1234"] == [1, 1 / 2, 1 / 3, 1 / 4]
+    assert os.getpid() not in {store.of("set", label)[0]["process"] for label in "1234"}
+    with pytest.raises(RuntimeError, match="failed"):
+        store.run_beside([job(label) for label in "12056"], 1, lambda: None, lambda text: None)
+    again = Store("study", {}, tmp_path)
+    assert again.runs.keys() == {f"set | {label} | 0" for label in "1234"}
+
+
+@pytest.mark.parametrize("method", ["wasi", "vanilla", "lora"])
+def test_learns_the_same_where_tensors_are_placed(subject: Subject, photos: Photos, method: str) -> None:
+    """In a process of its own, on the one device there always is."""
+
+    def work() -> dict[str, Any]:
+        return learn(subject, photos, random_split(photos, 0), Variant(method, epochs=2), 0)
+
+    here = work()
+    store = Store("study", {}, Path(subject.folder or "").parent)
+    store.run_beside([Job("set", "placed", 0, work)], 1, lambda: compute_on("cpu"), lambda text: None)
+    for there, entry in zip(store.of("set", "placed")[0]["history"], here["history"], strict=True):
+        assert there["val_loss"] == pytest.approx(entry["val_loss"], rel=1e-3)
 
 
 def test_a_result_of_other_settings_is_measured_again(tmp_path: Path) -> None:

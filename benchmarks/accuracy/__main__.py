@@ -1,4 +1,4 @@
-"""python -m benchmarks.accuracy STUDY [--data clothing,flowers] [--repeats 3] [--table]
+"""python -m benchmarks.accuracy STUDY [--data clothing,flowers] [--repeats 3] [--processes N] [--table]
 
 Runs what is missing of a study, one run after the other, and prints its table; stop and start it as you like.
 """
@@ -6,8 +6,12 @@ Runs what is missing of a study, one run after the other, and prints its table; 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from statistics import fmean as _mean
 
+import torch
+
+from benchmarks.accuracy.accelerator import compute_on, name_of
 from benchmarks.accuracy.datasets import write_fixed_split
 from benchmarks.accuracy.studies import RECIPE_SETS, STUDIES
 from benchmarks.accuracy.study import Store, paired_difference, this_machine
@@ -18,19 +22,26 @@ def main() -> None:
     parser.add_argument("study", choices=[*STUDIES, "splits"])
     parser.add_argument("--data", default="", help="comma-separated; all of the study's if not given")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=1, help="runs beside each other, one thread each")
+    parser.add_argument("--device", help="compute there, 'cuda' say, and not on the CPU (see accelerator.py)")
     parser.add_argument("--seed", type=int, default=0, help="of `splits`")
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
     given = parser.parse_args()
+    say = partial(print, flush=True)
     datasets = [name for name in given.data.split(",") if name]
     if given.study == "splits":
         for source in RECIPE_SETS:
             if not datasets or source.name in datasets:
                 write_fixed_split(source.name, source.photos(), given.seed)
         return
-    store = Store(given.study, this_machine())
+    store = Store(given.study, this_machine(name_of(given.device) if given.device and not given.table else None))
     jobs = list(STUDIES[given.study](datasets, given.repeats))
     if not given.table:
-        store.run(jobs, lambda text: print(text, flush=True))
+        prepare = partial(compute_on, given.device) if given.device else partial(torch.set_num_threads, 1)
+        if given.device or given.processes > 1:
+            store.run_beside(jobs, given.processes, prepare, say)
+        else:
+            store.run(jobs, say)
     _print_table(store, list(dict.fromkeys((job.group, job.label) for job in jobs)))
 
 

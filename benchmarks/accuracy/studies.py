@@ -163,7 +163,7 @@ def _subject(model: str, size: int) -> Subject:
     return find_subject(model, size)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def _photos(source: Source) -> Photos:
     preprocessing = _subject(DENSE_MODEL, source.size).preprocessing
     return load_photos(source.name, preprocessing, source.per_class, source.first)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import queue
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -51,10 +53,48 @@ class Store:
         """Do what is not there yet, in the order given."""
         for job in jobs:
             if not self._has(job):
-                settings = {"settings": dict(job.settings)} if job.settings else {}
-                self.runs[job.key] = job.work() | settings | {"machine": self._machine}
-                self._write()
-                say(f"{job.key}: {_in_short(self.runs[job.key])}")
+                self._keep(job, job.work(), say)
+
+    def run_beside(
+        self, jobs: Iterable[Job], processes: int, prepare: Callable[[], None], say: Callable[[str], None] = print
+    ) -> None:
+        """The same in so many processes, each of which calls `prepare` first: the next job goes to who is free.
+
+        Raises RuntimeError where a process failed; what others had finished by then is kept.
+        """
+        missing = [job for job in jobs if not self._has(job)]
+        context = multiprocessing.get_context("fork")  # jobs are closures, which no other start hands over
+        results: multiprocessing.Queue[tuple[int, dict[str, Any]]] = context.Queue()
+        taken = context.Value("i", 0)
+
+        def work() -> None:
+            prepare()
+            while True:
+                with taken.get_lock():
+                    number = taken.value
+                    taken.value += 1
+                if number >= len(missing):
+                    return
+                results.put((number, missing[number].work()))
+
+        workers = [context.Process(target=work, daemon=True) for _ in range(min(processes, len(missing)))]
+        for worker in workers:
+            worker.start()
+        for _ in missing:
+            while True:
+                try:
+                    number, result = results.get(timeout=1.0)
+                    break
+                except queue.Empty:
+                    if any(worker.exitcode for worker in workers):
+                        raise RuntimeError("a process of the study failed; its traceback stands above") from None
+            self._keep(missing[number], result, say)
+
+    def _keep(self, job: Job, result: dict[str, Any], say: Callable[[str], None]) -> None:
+        settings = {"settings": dict(job.settings)} if job.settings else {}
+        self.runs[job.key] = result | settings | {"machine": self._machine}
+        self._write()
+        say(f"{job.key}: {_in_short(result)}")
 
     def _has(self, job: Job) -> bool:
         held = self.runs.get(job.key)
@@ -78,10 +118,10 @@ class Store:
         os.replace(fresh, self._path)
 
 
-def this_machine() -> dict[str, Any]:
+def this_machine(accelerator: str | None = None) -> dict[str, Any]:
     """Where results come from: what computes, and the versions of what computes on it."""
     machine = {key: value for key, value in hardware().items() if key in ("machine", "cpu", "cores", "board")}
-    return {**machine, **versions()}
+    return {**machine, **({"accelerator": accelerator} if accelerator else {}), **versions()}
 
 
 def _in_short(result: dict[str, Any]) -> str:
