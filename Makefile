@@ -23,7 +23,7 @@ unexport VIRTUAL_ENV
 PAPER_STUDIES := fig2_dimensions fig3a_spectra fig3b_iteration fig4_activations fig5_epsilon rank_selection
 ACCURACY_STUDIES := embedded_heads recipes against_vanilla
 
-.PHONY: demo test lint bench arm64 clean $(PAPER_STUDIES:%=study-%) $(ACCURACY_STUDIES:%=study-%)
+.PHONY: demo test lint bench arm64 clean $(PAPER_STUDIES:%=study-%) $(ACCURACY_STUDIES:%=study-%) study-time_to_accuracy
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -80,6 +80,9 @@ $(PAPER_STUDIES:%=study-%): study-%: $(VENV)/.stamp-run
 
 $(ACCURACY_STUDIES:%=study-%): study-%: $(VENV)/.stamp-run
 	$(BIN)/python -m benchmarks.accuracy $* $(ARGS)
+
+study-time_to_accuracy: $(VENV)/.stamp-run
+	$(BIN)/python -m benchmarks.accuracy.time_to_accuracy $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_artefact import write_tiny
 
-from benchmarks.accuracy import datasets
+from benchmarks.accuracy import datasets, time_to_accuracy
 from benchmarks.accuracy.accelerator import compute_on
 from benchmarks.accuracy.datasets import Photos, folds, random_split
 from benchmarks.accuracy.learn import Variant, head_accuracy, learn, photo_features
@@ -214,3 +214,18 @@ def test_paired_difference_over_the_splits_both_have() -> None:
     mean, half, count = paired_difference({0: 0.5, 1: 0.7, 2: 0.9}, {0: 0.4, 1: 0.5, 3: 0.1})
     assert (mean, count) == (pytest.approx(0.15), 2)
     assert half == pytest.approx(12.71 * 0.05 * 2**0.5 / 2**0.5)
+
+
+def test_time_to_accuracy_follows_the_model_that_validation_chooses() -> None:
+    def history(*entries: tuple[float, float, float]) -> list[dict[str, float]]:
+        return [{"val": val, "val_loss": loss, "test": test} for val, loss, test in entries]
+
+    chosen = history((0.8, 0.5, 0.6), (0.7, 0.4, 0.9), (0.8, 0.4, 0.7), (0.9, 0.6, 0.8))
+    assert time_to_accuracy.curve([chosen]) == [0.6, 0.6, 0.7, 0.8]
+    steady = history((0.8, 0.5, 0.8), (0.7, 0.4, 0.1), (0.7, 0.4, 0.1), (0.7, 0.6, 0.1))
+    both = time_to_accuracy.curve([chosen, steady])
+    assert both == pytest.approx([0.7, 0.7, 0.75, 0.8])
+    assert [time_to_accuracy.first_reaching(both, target) for target in (0.7, 0.74, 0.8, 0.81)] == [0, 2, 3, None]
+    del chosen[2]["test"]
+    with pytest.raises(ValueError, match="run them again"):
+        time_to_accuracy.curve([chosen])

@@ -1,0 +1,108 @@
+"""How long WASI takes for what vanilla reaches: epochs of `against_vanilla`, seconds of epochs timed here.
+
+    python -m benchmarks.accuracy.time_to_accuracy [--data clothing] [--rounds 12]
+
+The curve of a row is the test accuracy, after each epoch, of the model that validation calls the best so far, mean over
+the splits. The accuracy asked for is the highest of vanilla's curve less one point. Steps of all rows are timed
+interleaved, on as many threads as torch takes; the head's pass over the training photos counts, validation does not,
+and where the dense network is converted first, so does the conversion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from benchmarks.accuracy.converted import converted
+from benchmarks.accuracy.datasets import random_split
+from benchmarks.accuracy.studies import CALIBRATION, CLAIM_SETS, DENSE_MODEL, EPSILON
+from benchmarks.accuracy.study import RESULTS, Store, this_machine
+from wasi_edge.bench.contestant import Contestant, Entry, free_choices
+from wasi_edge.bench.subject import Subject, find_subject
+from wasi_edge.bench.timing import interleave
+from wasi_edge.method import Method
+from wasi_edge.training.defaults import BATCH, GRADIENT_RANK
+
+ROWS = ("vanilla", "wasi", "wasi, embedded")
+MARGIN = 0.01
+
+
+def main() -> None:
+    """Time, reckon, print, write down."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="clothing")
+    parser.add_argument("--rounds", type=int, default=12)
+    given = parser.parse_args()
+    source = next(source for source in CLAIM_SETS if source.name == given.data)
+    store = Store("against_vanilla", this_machine())
+    curves = {row: curve([run["history"] for run in store.of(given.data, row).values()]) for row in ROWS}
+    photos = source.photos()
+    train = random_split(photos, 0).train
+    with converted(DENSE_MODEL, photos, train, CALIBRATION, EPSILON, source.size) as (subject, conversion):
+        seconds = _seconds(subject, source.size, len(train), given.rounds)
+    target = max(curves["vanilla"]) - MARGIN
+    rows = []
+    for row in ROWS:
+        epochs = first_reaching(curves[row], target)
+        start, step = seconds[row]
+        start += conversion if row == "wasi" else 0.0
+        whole = None if epochs is None else start + epochs * math.ceil(len(train) / BATCH) * step
+        rows.append({"row": row, "best": max(curves[row]), "epochs": epochs, "step": step, "seconds": whole})
+    result = {"machine": this_machine(), "data": given.data, "accuracy": target, "conversion": conversion, "rows": rows}
+    (RESULTS / "time_to_accuracy.json").write_text(json.dumps(result | {"curves": curves}, indent=1) + "\n")
+    print(f"{given.data}: seconds to {target:.4f}; conversion {conversion:.0f} s")
+    for entry in rows:
+        print(" | ".join(f"{key} {_text(value)}" for key, value in entry.items()))
+
+
+def curve(histories: Sequence[Sequence[dict[str, Any]]]) -> list[float]:
+    """After each epoch, from 0: test accuracy of the best so far by validation accuracy, then loss; mean over runs.
+
+    Raises ValueError where there is no run, or one that did not look at test photos after every epoch.
+    """
+    if not histories or any("test" not in entry for history in histories for entry in history):
+        raise ValueError("expected runs with test accuracies after every epoch; delete these rows and run them again")
+    found = []
+    for history in histories:
+        best, tests = history[0], []
+        for entry in history:
+            if (entry["val"], -entry["val_loss"]) > (best["val"], -best["val_loss"]):
+                best = entry
+            tests.append(best["test"])
+        found.append(tests)
+    return [fmean(tests) for tests in zip(*found, strict=True)]
+
+
+def first_reaching(accuracies: Sequence[float], target: float) -> int | None:
+    """The first epoch with at least that accuracy."""
+    return next((epoch for epoch, accuracy in enumerate(accuracies) if accuracy >= target), None)
+
+
+def _seconds(calibrated: Subject, size: int, photos: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """Of the head's pass over the training photos, and of a step."""
+    vanilla, wasi = Entry("vanilla", Method.VANILLA), Entry("wasi", Method.WASI, EPSILON)
+    held = {"vanilla": (find_subject(DENSE_MODEL, size), vanilla), "wasi": (calibrated, wasi)}
+    held["wasi, embedded"] = (find_subject("default", size), wasi)
+    built = {
+        row: Contestant(subject, entry, free_choices(BATCH, subject.geometry.depth, GRADIENT_RANK), BATCH, 0)
+        for row, (subject, entry) in held.items()
+    }
+    steps = interleave({row: contestant.step for row, contestant in built.items()}, rounds, warm_up=2)
+    passes = interleave({row: contestant.infer for row, contestant in built.items()}, rounds)
+    # in vanilla's seconds: ratios of neighbours hold on a machine that others use
+    step, forward = (float(np.median(timed["vanilla"].seconds)) for timed in (steps, passes))
+    return {row: (forward / passes[row].speedup * photos / BATCH, step / steps[row].speedup) for row in (*held,)}
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()
