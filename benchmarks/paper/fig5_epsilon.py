@@ -32,6 +32,7 @@ from wasi_edge.training import defaults
 
 DATA, SIZE, PER_CLASS, EPOCHS, CALIBRATION = "cifar10", 56, 200, 4, 400
 ASI_RANKS = (4, 8, 16, 32, 64)
+CALIBRATED = "wasi, calibrated"
 
 
 def main() -> None:
@@ -77,7 +78,7 @@ def _points() -> Iterator[_Point]:
     for epsilon in EPSILONS:
         for group, method in (("wasi", Method.WASI), ("wsi", Method.WSI), ("svd + lora", Method.LORA)):
             yield _Point(group, f"epsilon {epsilon}", method, epsilon)
-        yield _Point("wasi, calibrated", f"epsilon {epsilon}", Method.WASI, epsilon)
+        yield _Point(CALIBRATED, f"epsilon {epsilon}", Method.WASI, epsilon)
     for rank in ASI_RANKS:
         yield _Point("asi", f"rank {rank}", Method.ASI, None, rank)
 
@@ -88,14 +89,16 @@ def _variant(point: _Point) -> Variant:
 
 
 def _settings(point: _Point) -> dict[str, Any]:
-    subject = find_subject(DENSE_MODEL, SIZE)
-    return settings_of(_variant(point), subject, truncated=point.epsilon, data=DATA, photos_per_class=PER_CLASS)
+    more = {"truncated": point.epsilon, "data": DATA, "photos_per_class": PER_CLASS}
+    if point.group == CALIBRATED:
+        more["calibration_photos"] = CALIBRATION
+    return settings_of(_variant(point), find_subject(DENSE_MODEL, SIZE), **more)
 
 
 def _run(point: _Point, split: int) -> dict[str, Any]:
     photos, variant = _photos(), _variant(point)
     parts = random_split(photos, split)
-    if point.group != "wasi, calibrated":
+    if point.group != CALIBRATED:
         subject = find_subject(DENSE_MODEL, SIZE)
         subject = _Truncated(**vars(subject), truncated=point.epsilon) if point.method is Method.LORA else subject
         return learn(subject, photos, parts, variant, split)
