@@ -1,6 +1,7 @@
 """python -m benchmarks.accuracy STUDY [--data clothing,flowers] [--repeats 3] [--processes N] [--table]
 
-Runs what is missing of a study, one run after the other, and prints its table; stop and start it as you like.
+Runs what is missing of a study, one run after the other or in several processes, and prints its table; stop and start
+it as you like.
 """
 
 from __future__ import annotations

@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from benchmarks.accuracy.converted import converted
 from benchmarks.accuracy.datasets import random_split
 from benchmarks.accuracy.studies import CALIBRATION, CLAIM_SETS, DENSE_MODEL, EPSILON
@@ -96,8 +94,8 @@ def _seconds(calibrated: Subject, size: int, photos: int, rounds: int) -> dict[s
     steps = interleave({row: contestant.step for row, contestant in built.items()}, rounds, warm_up=2)
     passes = interleave({row: contestant.infer for row, contestant in built.items()}, rounds)
     # in vanilla's seconds: ratios of neighbours hold on a machine that others use
-    step, forward = (float(np.median(timed["vanilla"].seconds)) for timed in (steps, passes))
-    return {row: (forward / passes[row].speedup * photos / BATCH, step / steps[row].speedup) for row in (*held,)}
+    step, forward = steps["vanilla"].median_seconds, passes["vanilla"].median_seconds
+    return {row: (forward / passes[row].speedup * photos / BATCH, step / steps[row].speedup) for row in held}
 
 
 def _text(value: Any) -> str:
