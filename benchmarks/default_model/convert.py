@@ -1,12 +1,11 @@
 """Make the model that ships inside the package: ViT-S/14 in factors, calibrated, float16.
 
-    python benchmarks/make_default_model.py --source ../shared/models/vit-s14 --photos ../shared/data/photos-1k \
+    python -m benchmarks.default_model.convert --source ../shared/models/vit-s14 --photos ../shared/data/photos-1k \
         --tiles ../shared/data/tiny-imagenet-32
 
 As many parameters as plain epsilon ranks have (0.8 of each linear's squared singular values), spread over the layers,
-and every layer fitted to bring the tokens back to the dense network's: of whole photos, of random crops of them, and of
-enlarged 32 px tiles, so that small and blurred pictures are known too. Deterministic. `heal_default_model.py` distils
-the dense network into the result.
+and every layer fitted to bring the tokens back to the dense network's: of whole photos, of crops if asked for, and of
+enlarged 32 px tiles, so that small and blurred pictures are known too. Deterministic. `heal` goes on from the result.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.default_model.pictures import photo_paths, read_tiles
 from wasi_edge.conversion.calibration import spread
 from wasi_edge.conversion.convert import Calibration, Settings, convert
 from wasi_edge.conversion.sources import open_source
@@ -27,20 +27,10 @@ from wasi_edge.data.augment import augment
 from wasi_edge.models.locate import DEFAULT_FOLDER
 from wasi_edge.preprocess import center_view, open_photo, shrink
 
-TILE = 32
 
-
-def spread_tiles(folder: Path, count: int) -> list[Image.Image]:
-    """Tiles of the training mosaics, as many of each class."""
-    mosaics = sorted((folder / "train").glob("*.webp"))
-    return [_tile(mosaics[number % len(mosaics)], number // len(mosaics)) for number in range(count)]
-
-
-def _tile(path: Path, index: int) -> Image.Image:
-    with Image.open(path) as mosaic:
-        row, column = divmod(index, mosaic.width // TILE)
-        box = column * TILE, row * TILE, (column + 1) * TILE, (row + 1) * TILE
-        return mosaic.convert("RGB").crop(box)
+def _some_tiles(folder: Path, count: int) -> list[Image.Image]:
+    tiles = read_tiles(folder)
+    return [Image.fromarray(tiles.pictures[i]) for i in tiles.spread(count)]
 
 
 def main() -> int:
@@ -49,22 +39,22 @@ def main() -> int:
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--photos", type=Path, required=True, help="calibration photos, a flat folder")
     parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--crops", type=int, default=1, help="random crops of each photo beside the whole")
+    parser.add_argument("--crops", type=int, default=0, help="random crops of each photo beside the whole")
     parser.add_argument("--tiles", type=Path, help="mosaics of Tiny ImageNet")
-    parser.add_argument("--tile-count", type=int, default=1000)
+    parser.add_argument("--tile-count", type=int, default=500)
     parser.add_argument("--image-size", type=int, default=168)
     parser.add_argument("--epsilon", type=float, default=0.8)
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
     options = parser.parse_args()
 
-    photos = sorted(path for path in options.photos.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    photos = photo_paths(options.photos)
     photos = [photos[index] for index in spread(len(photos), options.count)]
     torch.set_grad_enabled(False)
     began = time.monotonic()
     with open_source(options.source) as source:
         preprocessing = source.preprocessing.with_image_size(options.image_size)
 
-        tiles = [] if options.tiles is None else spread_tiles(options.tiles, options.tile_count)
+        tiles = [] if options.tiles is None else _some_tiles(options.tiles, options.tile_count)
         whole, size = len(photos) * (1 + options.crops), options.image_size
 
         def read(index: int) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""How the model that ships inside the package is made: `convert`, then `heal`."""

@@ -1,0 +1,118 @@
+"""How the embedded model is made: the scripts of `benchmarks/default_model` on small networks and pictures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from photos import save_jpeg, scene
+from PIL import Image
+from tiny_artefact import write_tiny
+
+from benchmarks.default_model import heal
+from benchmarks.default_model.pictures import TILE, photo_paths, read_tiles
+from wasi_edge.artefact import open_artefact
+
+ROWS, COLUMNS = 5, 5
+COLOURS = ((200, 30, 30), (30, 30, 200))
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """A dense network, another one in factors, six photos, and mosaics of two classes told apart by colour."""
+    monkeypatch.setattr(heal, "PHOTO_STEPS", ((16, 2), (8, 3)))
+    monkeypatch.setattr(heal, "TILE_STEPS", ((16, 4), (8, 4)))
+    monkeypatch.setattr(heal, "SIDE", 32)
+    found = {name: tmp_path / name for name in ("source", "student", "photos", "tiles", "out")}
+    write_tiny(found["source"], rank=None, labels=None)
+    write_tiny(found["student"], labels=None, dtype="float16")
+    (found["tiles"] / "train").mkdir(parents=True)
+    found["photos"].mkdir()
+    for number in range(6):
+        save_jpeg(found["photos"] / f"{number}.jpg", scene(number))
+    rng = np.random.default_rng(0)
+    for label, colour in enumerate(COLOURS):
+        mosaic = rng.integers(0, 50, (ROWS * TILE, COLUMNS * TILE, 3)) + np.array(colour)
+        Image.fromarray(mosaic.clip(0, 255).astype(np.uint8)).save(
+            found["tiles"] / f"train/n{label}.webp", lossless=True
+        )
+    return found
+
+
+@pytest.fixture(autouse=True)
+def gradients_on():
+    """Whatever tests before this one left."""
+    before = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    yield
+    torch.set_grad_enabled(before)
+
+
+def _healing(folders: dict[str, Path], steps: int = 6) -> heal.Healing:
+    tiles = read_tiles(folders["tiles"])
+    made = heal.Healing(
+        open_artefact(folders["student"]), folders["source"], folders["photos"], tiles, steps, lr=1e-3, seed=0
+    )
+    made.classifier.weight.data.zero_()
+    made.classifier.bias.data.zero_()
+    return made
+
+
+def test_tiles_are_read_class_after_class_and_spread_over_classes(folders: dict[str, Path]) -> None:
+    tiles = read_tiles(folders["tiles"])
+    assert tiles.pictures.shape == (2 * ROWS * COLUMNS, TILE, TILE, 3)
+    assert [int(tiles.pictures[tiles.labels == label].mean((0, 1, 2)).argmax()) for label in (0, 1)] == [0, 2]
+    assert tiles.labels[tiles.spread(6)].tolist() == [0, 1, 0, 1, 0, 1]
+    assert tiles.spread(3).tolist() == [0, ROWS * COLUMNS, 1]
+    with pytest.raises(FileNotFoundError, match="mosaics"):
+        read_tiles(folders["photos"])
+    assert [path.name for path in photo_paths(folders["photos"])] == [f"{number}.jpg" for number in range(6)]
+
+
+def test_crops_pass_all_pictures_once_an_epoch(folders: dict[str, Path]) -> None:
+    crops = _healing(folders).photos
+    seen = [i for step in range(12) for i in crops.of_step(step)[0]]
+    assert len(seen) == 30
+    assert all(sorted(seen[first : first + 6]) == list(range(6)) for first in range(0, 30, 6))
+    assert crops.of_step(1)[1].shape == (3, 3, 8, 8)
+
+
+def test_goes_on_to_the_bit_where_it_was_stopped(folders: dict[str, Path], tmp_path: Path) -> None:
+    whole, stopped, resumed = (_healing(folders) for _ in range(3))
+    for _ in range(6):
+        whole.step()
+    for _ in range(3):
+        stopped.step()
+    stopped.save(tmp_path / "state.pt")
+    resumed.load(tmp_path / "state.pt")
+    assert resumed.done == 3
+    for _ in range(3):
+        resumed.step()
+    for name, parameter in whole.trained.items():
+        assert torch.equal(parameter, resumed.trained[name]), name
+
+
+def test_heals_what_was_damaged_and_writes_an_artefact(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = [text for name in ("source", "photos", "tiles", "student", "out") for text in (f"--{name}", folders[name])]
+    more = ["--state", tmp_path / "state.pt", "--steps", 150, "--lr", 3e-3]
+    monkeypatch.setattr(sys, "argv", ["heal", *map(str, named + more)])
+    assert heal.main() == 0
+    errors = [
+        [float(x) for x in line.split(": ")[1].split(",")[0].split()] for line in capsys.readouterr().out.splitlines()
+    ]
+    assert errors[-1][0] < 0.8 * errors[0][0]
+    assert errors[-1][1] < 0.5
+
+    healed, before = open_artefact(folders["out"]), open_artefact(folders["student"])
+    assert healed.config.linears == before.config.linears
+    assert "labels of tiles" in healed.config.provenance["healed"]
+    assert np.array_equal(healed.tensors.read("position"), before.tensors.read("position"))
+    for name in healed.config.linears:
+        left = healed.tensors.read(f"{name}.left", np.float32)
+        assert np.abs(left.T @ left - np.eye(left.shape[1])).max() < 5e-3, name
+        assert not np.array_equal(left, before.tensors.read(f"{name}.left", np.float32))
