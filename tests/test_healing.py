@@ -13,7 +13,8 @@ from PIL import Image
 from tiny_artefact import write_tiny
 
 from benchmarks.default_model import heal
-from benchmarks.default_model.pictures import TILE, photo_paths, read_tiles
+from benchmarks.default_model.pictures import photo_paths, read_tiles
+from benchmarks.mosaics import TILE
 from wasi_edge.artefact import open_artefact
 
 ROWS, COLUMNS = 5, 5

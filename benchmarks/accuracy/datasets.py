@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.mosaics import tiles_of
 from wasi_edge.preprocess import center_view, normalise, open_photo, shrink
 from wasi_edge.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 SPLITS = Path(__file__).parent / "splits"
 PARTS = ("train", "val", "test")
-_TILE = 32
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,7 @@ def _mosaic_tiles(folder: Path) -> Iterator[tuple[str, str, Image.Image]]:
     """Training tiles of every class; the test mosaics are other photos, and read by name `test/...`."""
     for part in ("train", "test"):
         for path in sorted((folder / part).glob("*.webp")):
-            mosaic = np.asarray(Image.open(path).convert("RGB"))
-            rows, columns = mosaic.shape[0] // _TILE, mosaic.shape[1] // _TILE
-            tiles = mosaic.reshape(rows, _TILE, columns, _TILE, 3).swapaxes(1, 2).reshape(-1, _TILE, _TILE, 3)
-            for number, tile in enumerate(tiles):
+            for number, tile in enumerate(tiles_of(path)):
                 yield path.stem, f"{part}/{path.stem}/{number:04d}", Image.fromarray(tile)
 
 

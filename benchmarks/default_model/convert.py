@@ -1,7 +1,7 @@
 """Make the model that ships inside the package: ViT-S/14 in factors, calibrated, float16.
 
     python -m benchmarks.default_model.convert --source ../shared/models/vit-s14 --photos ../shared/data/photos-1k \
-        --tiles ../shared/data/tiny-imagenet-32
+        --tiles ../shared/data/tiny-imagenet-32 --out build/default-converted
 
 As many parameters as plain epsilon ranks have (0.8 of each linear's squared singular values), spread over the layers,
 and every layer fitted to bring the tokens back to the dense network's: of whole photos, of crops if asked for, and of

@@ -69,14 +69,14 @@ class Sized:
         self.model = model
         self._tables = {size: resampled("position", position, model.geometry, size).clone() for size in sizes}
 
-    def tokens(self, pixels: Tensor) -> Tensor:
-        """(B, C, S, S) -> tokens after the last norm (B, N, D)."""
+    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, S, S) -> tokens after the last norm (B, N, D), and what a head reads of them (B, F)."""
         self.model.position = nn.Parameter(self._tables[pixels.shape[-1]], requires_grad=False)
         hidden: list[Tensor] = []
         hook = self.model.norm.register_forward_hook(lambda _, __, output: hidden.append(output))
-        self.model.features(pixels)
+        read = self.model.features(pixels)
         hook.remove()
-        return hidden[0]
+        return hidden[0], read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,16 +106,11 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return epoch_order(count, seed, epoch)
 
 
-def read_by_head(tokens: Tensor) -> Tensor:
-    """(B, N, D) -> class token and mean of the patches (B, 2 D)."""
-    return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
-
-
-def distance(student: Tensor, teacher: Tensor) -> Tensor:
+def distance(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
     """Errors of all tokens, and of what a head reads, each relative to its variance."""
-    read, wanted = read_by_head(student), read_by_head(teacher)
-    of_read = (read - wanted).square().mean() / wanted.var(0).mean()
-    return (student - teacher).square().mean() / teacher.var() + of_read
+    (tokens, read), (wanted_tokens, wanted_read) = student, teacher
+    of_read = (read - wanted_read).square().mean() / wanted_read.var(0).mean()
+    return (tokens - wanted_tokens).square().mean() / wanted_tokens.var() + of_read
 
 
 def mixed(pixels: Tensor, seed: int) -> Tensor:
@@ -133,11 +128,11 @@ class Healing:
     def __init__(self, artefact: Artefact, source: Path, photos: Path, tiles: Tiles, steps: int, lr: float, seed: int):
         config = artefact.config
         preprocessing = config.preprocessing
-        kept = config.preprocessing.with_image_size(SIDE)
+        kept = preprocessing.with_image_size(SIDE)
         shrunk = [np.asarray(shrink(open_photo(path, kept.resize_side), kept)) for path in photo_paths(photos)]
         self.photos = Crops(shrunk, PHOTO_CROPS, PHOTO_STEPS, seed, preprocessing)
         self.tiles = Crops(tiles.pictures, TILE_CROPS, TILE_STEPS, seed + 1, preprocessing)
-        self.labels, self.seed, self.lr, self.steps, self.done = tiles.labels, seed, lr, steps, 0
+        self.labels, self.seed, self.steps, self.done = tiles.labels, seed, steps, 0
         sizes = {size for size, _ in PHOTO_STEPS + TILE_STEPS}
         stored = lambda name: torch.from_numpy(artefact.tensors.read(name, np.float32))  # noqa: E731
         with open_source(source) as opened:
@@ -168,7 +163,7 @@ class Healing:
         for part in np.array_split(chosen, math.ceil(len(chosen) / 64)):
             views = [augment(tiles.pictures[i], size, self.seed, 0, int(i), TILE_CROPS) for i in part]
             pixels = torch.from_numpy(normalise(np.stack(views), self.tiles.preprocessing))
-            features.append(read_by_head(self.student.tokens(pixels)))
+            features.append(self.student.see(pixels)[1])
         head = fit_head(torch.cat(features), torch.from_numpy(tiles.labels[chosen]), tiles.classes)
         self.classifier.weight.copy_(head.weight)
         self.classifier.bias.copy_(head.bias)
@@ -179,11 +174,11 @@ class Healing:
         if self.done // len(TILE_STEPS) % 2:
             photos = mixed(photos, self.done)
         with torch.no_grad():
-            wanted = self.teacher.tokens(photos)
-        of_photos = distance(self.student.tokens(photos), wanted)
+            wanted = self.teacher.see(photos)
+        of_photos = distance(self.student.see(photos), wanted)
         (PHOTO_WEIGHT * of_photos).backward()
         chosen, tiles = self.tiles.of_step(self.done)
-        logits = self.classifier(read_by_head(self.student.tokens(tiles)))
+        logits = self.classifier(self.student.see(tiles)[1])
         of_tiles = F.cross_entropy(logits, torch.from_numpy(self.labels[chosen]), label_smoothing=LABEL_SMOOTHING)
         of_tiles.backward()
         nn.utils.clip_grad_norm_(self.trained.values(), CLIP)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-TILE = 32
+from benchmarks.mosaics import tiles_of
+
 _PHOTOS = (".jpg", ".jpeg", ".png")
 
 
@@ -35,12 +35,5 @@ def read_tiles(folder: Path) -> Tiles:
     paths = sorted((folder / "train").glob("*.webp"))
     if not paths:
         raise FileNotFoundError(f"expected mosaics train/*.webp in {folder}, found none")
-    pictures = [_tiles(path) for path in paths]
+    pictures = [tiles_of(path) for path in paths]
     return Tiles(np.concatenate(pictures), np.repeat(np.arange(len(paths)), len(pictures[0])), len(paths))
-
-
-def _tiles(path: Path) -> np.ndarray:
-    with Image.open(path) as mosaic:
-        pixels = np.asarray(mosaic.convert("RGB"))
-    rows, columns = pixels.shape[0] // TILE, pixels.shape[1] // TILE
-    return pixels.reshape(rows, TILE, columns, TILE, 3).swapaxes(1, 2).reshape(-1, TILE, TILE, 3)
