@@ -52,10 +52,10 @@ def gradients_on():
     torch.set_grad_enabled(before)
 
 
-def _healing(folders: dict[str, Path], steps: int = 6) -> heal.Healing:
+def _healing(folders: dict[str, Path], steps: int = 6, bfloat16: bool = False) -> heal.Healing:
     tiles = read_tiles(folders["tiles"])
     made = heal.Healing(
-        open_artefact(folders["student"]), folders["source"], folders["photos"], tiles, steps, lr=1e-3, seed=0
+        open_artefact(folders["student"]), folders["source"], folders["photos"], tiles, steps, 1e-3, 0, bfloat16
     )
     made.classifier.weight.data.zero_()
     made.classifier.bias.data.zero_()
@@ -94,6 +94,17 @@ def test_goes_on_to_the_bit_where_it_was_stopped(folders: dict[str, Path], tmp_p
         resumed.step()
     for name, parameter in whole.trained.items():
         assert torch.equal(parameter, resumed.trained[name]), name
+    with pytest.raises(ValueError, match="begun with"):
+        _healing(folders, steps=7).load(tmp_path / "state.pt")
+
+
+def test_bfloat16_learns_about_the_same(folders: dict[str, Path]) -> None:
+    exact, rounded = _healing(folders), _healing(folders, bfloat16=True)
+    assert exact.step() == pytest.approx(rounded.step(), rel=0.05)
+    assert all(parameter.dtype == torch.float32 for parameter in rounded.trained.values())
+    tokens, read = rounded.student.see(torch.zeros(1, 3, 16, 16))
+    assert tokens.dtype == read.dtype == torch.float32
+    assert not torch.equal(read, exact.student.see(torch.zeros(1, 3, 16, 16))[1])
 
 
 def test_heals_what_was_damaged_and_writes_an_artefact(

@@ -63,10 +63,14 @@ class TwoFactors(nn.Module):
 
 
 class Sized:
-    """A network whose position table is resampled to the size of what it sees, and not trained."""
+    """A network whose position table is resampled to the size of what it sees, and not trained.
 
-    def __init__(self, model: VanillaViT, position: Tensor, sizes: Sequence[int]) -> None:
+    With `bfloat16`, its matrix products are computed in that precision; parameters and results stay float32.
+    """
+
+    def __init__(self, model: VanillaViT, position: Tensor, sizes: Sequence[int], bfloat16: bool) -> None:
         self.model = model
+        self._bfloat16 = bfloat16
         self._tables = {size: resampled("position", position, model.geometry, size).clone() for size in sizes}
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,9 +78,10 @@ class Sized:
         self.model.position = nn.Parameter(self._tables[pixels.shape[-1]], requires_grad=False)
         hidden: list[Tensor] = []
         hook = self.model.norm.register_forward_hook(lambda _, __, output: hidden.append(output))
-        read = self.model.features(pixels)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
+            read = self.model.features(pixels)
         hook.remove()
-        return hidden[0], read
+        return hidden[0].float(), read.float()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +130,17 @@ class Healing:
     A step is a function of its number and the state before it.
     """
 
-    def __init__(self, artefact: Artefact, source: Path, photos: Path, tiles: Tiles, steps: int, lr: float, seed: int):
+    def __init__(
+        self,
+        artefact: Artefact,
+        source: Path,
+        photos: Path,
+        tiles: Tiles,
+        steps: int,
+        lr: float,
+        seed: int,
+        bfloat16: bool = False,
+    ) -> None:
         config = artefact.config
         preprocessing = config.preprocessing
         kept = preprocessing.with_image_size(SIDE)
@@ -133,6 +148,7 @@ class Healing:
         self.photos = Crops(shrunk, PHOTO_CROPS, PHOTO_STEPS, seed, preprocessing)
         self.tiles = Crops(tiles.pictures, TILE_CROPS, TILE_STEPS, seed + 1, preprocessing)
         self.labels, self.seed, self.steps, self.done = tiles.labels, seed, steps, 0
+        self.options = {"steps": steps, "lr": lr, "seed": seed, "bfloat16": bfloat16}
         sizes = {size for size, _ in PHOTO_STEPS + TILE_STEPS}
         stored = lambda name: torch.from_numpy(artefact.tensors.read(name, np.float32))  # noqa: E731
         with open_source(source) as opened:
@@ -141,8 +157,8 @@ class Healing:
             teacher = build_vanilla(config.geometry, read, preprocessing.image_size, 1).eval()
             student = build_vanilla(config.geometry, read, preprocessing.image_size, 1)
         assert isinstance(teacher, VanillaViT) and isinstance(student, VanillaViT)
-        self.teacher = Sized(teacher.requires_grad_(False), position, sorted(sizes))
-        self.student = Sized(_in_factors(student, artefact), stored("position"), sorted(sizes))
+        self.teacher = Sized(teacher.requires_grad_(False), position, sorted(sizes), bfloat16)
+        self.student = Sized(_in_factors(student, artefact), stored("position"), sorted(sizes), bfloat16)
         self.classifier = nn.Linear(config.geometry.feature_width, tiles.classes)
         self.trained = {
             name: parameter
@@ -198,14 +214,19 @@ class Healing:
             "classifier": self.classifier.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.done,
+            "options": self.options,
         }
         with replacing(path) as file:
             torch.save(state, file)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Go on from there."""
+        """Go on from there. Raises ValueError where it was begun with other options: rates would jump."""
         state = torch.load(path, weights_only=True)
+        if state["options"] != self.options:
+            raise ValueError(
+                f"{path} was begun with {state['options']}, not {self.options}: delete it, or keep to those"
+            )
         for name, parameter in self.trained.items():
             parameter.copy_(state["trained"][name])
         self.classifier.load_state_dict(state["classifier"])
@@ -243,12 +264,25 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--lr", type=float, default=3e-5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bfloat16", action="store_true", help="1.5 times faster where the CPU has AVX512-BF16")
     options = parser.parse_args()
 
     artefact, tiles = open_artefact(options.student), read_tiles(options.tiles)
-    healing = Healing(artefact, options.source, options.photos, tiles, options.steps, options.lr, options.seed)
+    healing = Healing(
+        artefact,
+        options.source,
+        options.photos,
+        tiles,
+        options.steps,
+        options.lr,
+        options.seed,
+        options.bfloat16,
+    )
     if options.state.exists():
-        healing.load(options.state)
+        try:
+            healing.load(options.state)
+        except ValueError as problem:
+            parser.error(str(problem))
     else:
         healing.fit_classifier(tiles)
     began, recent = time.monotonic(), []
