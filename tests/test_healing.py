@@ -54,9 +54,8 @@ def gradients_on():
 
 def _healing(folders: dict[str, Path], steps: int = 6, bfloat16: bool = False) -> heal.Healing:
     tiles = read_tiles(folders["tiles"])
-    made = heal.Healing(
-        open_artefact(folders["student"]), folders["source"], folders["photos"], tiles, steps, 1e-3, 0, bfloat16
-    )
+    options = heal.Options(steps, lr=1e-3, bfloat16=bfloat16)
+    made = heal.Healing(open_artefact(folders["student"]), folders["source"], folders["photos"], tiles, options)
     made.classifier.weight.data.zero_()
     made.classifier.bias.data.zero_()
     return made

@@ -124,6 +124,19 @@ def mixed(pixels: Tensor, seed: int) -> Tensor:
     return share * pixels + (1 - share) * pixels.flip(0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a run depends on beside its data; another run's state is of no use.
+
+    `lr`: the highest of the network's parameters, on a cosine over `steps`.
+    """
+
+    steps: int = 4000
+    lr: float = 3e-5
+    seed: int = 0
+    bfloat16: bool = False
+
+
 class Healing:
     """The teacher, the student with its classifier, the pictures and the optimiser.
 
@@ -136,19 +149,15 @@ class Healing:
         source: Path,
         photos: Path,
         tiles: Tiles,
-        steps: int,
-        lr: float,
-        seed: int,
-        bfloat16: bool = False,
+        options: Options,
     ) -> None:
         config = artefact.config
         preprocessing = config.preprocessing
         kept = preprocessing.with_image_size(SIDE)
         shrunk = [np.asarray(shrink(open_photo(path, kept.resize_side), kept)) for path in photo_paths(photos)]
-        self.photos = Crops(shrunk, PHOTO_CROPS, PHOTO_STEPS, seed, preprocessing)
-        self.tiles = Crops(tiles.pictures, TILE_CROPS, TILE_STEPS, seed + 1, preprocessing)
-        self.labels, self.seed, self.steps, self.done = tiles.labels, seed, steps, 0
-        self.options = {"steps": steps, "lr": lr, "seed": seed, "bfloat16": bfloat16}
+        self.photos = Crops(shrunk, PHOTO_CROPS, PHOTO_STEPS, options.seed, preprocessing)
+        self.tiles = Crops(tiles.pictures, TILE_CROPS, TILE_STEPS, options.seed + 1, preprocessing)
+        self.labels, self.options, self.done = tiles.labels, options, 0
         sizes = {size for size, _ in PHOTO_STEPS + TILE_STEPS}
         stored = lambda name: torch.from_numpy(artefact.tensors.read(name, np.float32))  # noqa: E731
         with open_source(source) as opened:
@@ -157,8 +166,8 @@ class Healing:
             teacher = build_vanilla(config.geometry, read, preprocessing.image_size, 1).eval()
             student = build_vanilla(config.geometry, read, preprocessing.image_size, 1)
         assert isinstance(teacher, VanillaViT) and isinstance(student, VanillaViT)
-        self.teacher = Sized(teacher.requires_grad_(False), position, sorted(sizes), bfloat16)
-        self.student = Sized(_in_factors(student, artefact), stored("position"), sorted(sizes), bfloat16)
+        self.teacher = Sized(teacher.requires_grad_(False), position, sorted(sizes), options.bfloat16)
+        self.student = Sized(_in_factors(student, artefact), stored("position"), sorted(sizes), options.bfloat16)
         self.classifier = nn.Linear(config.geometry.feature_width, tiles.classes)
         self.trained = {
             name: parameter
@@ -166,10 +175,10 @@ class Healing:
             if name != "position" and not name.startswith("head.")
         }
         groups = [
-            {"params": list(self.trained.values()), "highest": lr},
+            {"params": list(self.trained.values()), "highest": options.lr},
             {"params": list(self.classifier.parameters()), "highest": CLASSIFIER_RATE},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, weight_decay=0.0)
 
     @torch.no_grad()
     def fit_classifier(self, tiles: Tiles) -> None:
@@ -177,7 +186,7 @@ class Healing:
         chosen = tiles.spread(FITTED_ON_EACH * tiles.classes)
         size, features = TILE_STEPS[0][0], []
         for part in np.array_split(chosen, math.ceil(len(chosen) / 64)):
-            views = [augment(tiles.pictures[i], size, self.seed, 0, int(i), TILE_CROPS) for i in part]
+            views = [augment(tiles.pictures[i], size, self.options.seed, 0, int(i), TILE_CROPS) for i in part]
             pixels = torch.from_numpy(normalise(np.stack(views), self.tiles.preprocessing))
             features.append(self.student.see(pixels)[1])
         head = fit_head(torch.cat(features), torch.from_numpy(tiles.labels[chosen]), tiles.classes)
@@ -198,7 +207,7 @@ class Healing:
         of_tiles = F.cross_entropy(logits, torch.from_numpy(self.labels[chosen]), label_smoothing=LABEL_SMOOTHING)
         of_tiles.backward()
         nn.utils.clip_grad_norm_(self.trained.values(), CLIP)
-        rate = min(1.0, (self.done + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * self.done / self.steps))
+        rate = min(1.0, (self.done + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * self.done / self.options.steps))
         for group in self.optimizer.param_groups:
             group["lr"] = group["highest"] * rate
         self.optimizer.step()
@@ -214,7 +223,7 @@ class Healing:
             "classifier": self.classifier.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.done,
-            "options": self.options,
+            "options": dataclasses.asdict(self.options),
         }
         with replacing(path) as file:
             torch.save(state, file)
@@ -223,10 +232,9 @@ class Healing:
     def load(self, path: Path) -> None:
         """Go on from there. Raises ValueError where it was begun with other options: rates would jump."""
         state = torch.load(path, weights_only=True)
-        if state["options"] != self.options:
-            raise ValueError(
-                f"{path} was begun with {state['options']}, not {self.options}: delete it, or keep to those"
-            )
+        begun, wanted = state["options"], dataclasses.asdict(self.options)
+        if begun != wanted:
+            raise ValueError(f"{path} was begun with {begun}, not {wanted}: delete it, or keep to those")
         for name, parameter in self.trained.items():
             parameter.copy_(state["trained"][name])
         self.classifier.load_state_dict(state["classifier"])
@@ -261,26 +269,18 @@ def main() -> int:
     parser.add_argument("--student", type=Path, required=True, help="artefact made by convert")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--state", type=Path, default=Path("build/heal-state.pt"))
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--lr", type=float, default=3e-5)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=Options.steps)
+    parser.add_argument("--lr", type=float, default=Options.lr)
+    parser.add_argument("--seed", type=int, default=Options.seed)
     parser.add_argument("--bfloat16", action="store_true", help="1.5 times faster where the CPU has AVX512-BF16")
-    options = parser.parse_args()
+    given = parser.parse_args()
 
-    artefact, tiles = open_artefact(options.student), read_tiles(options.tiles)
-    healing = Healing(
-        artefact,
-        options.source,
-        options.photos,
-        tiles,
-        options.steps,
-        options.lr,
-        options.seed,
-        options.bfloat16,
-    )
-    if options.state.exists():
+    artefact, tiles = open_artefact(given.student), read_tiles(given.tiles)
+    options = Options(given.steps, given.lr, given.seed, given.bfloat16)
+    healing = Healing(artefact, given.source, given.photos, tiles, options)
+    if given.state.exists():
         try:
-            healing.load(options.state)
+            healing.load(given.state)
         except ValueError as problem:
             parser.error(str(problem))
     else:
@@ -289,14 +289,12 @@ def main() -> int:
     while healing.done < options.steps:
         recent.append(healing.step())
         if healing.done % SAVED_EVERY == 0 or healing.done == options.steps:
-            healing.save(options.state)
+            healing.save(given.state)
             of_photos, of_tiles = np.mean(recent, axis=0)
             print(f"step {healing.done}: {of_photos:.3f} {of_tiles:.3f}, {time.monotonic() - began:.0f} s", flush=True)
             recent = []
-    sets = (
-        f"{options.steps} steps: the dense network's features on {options.photos.name}, labels of {options.tiles.name}"
-    )
-    write(healing.trained, artefact, options.out, sets)
+    sets = f"{options.steps} steps: the dense network's features on {given.photos.name}, labels of {given.tiles.name}"
+    write(healing.trained, artefact, given.out, sets)
     return 0
 
 
