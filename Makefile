@@ -21,9 +21,9 @@ unexport PYTHONPATH
 unexport VIRTUAL_ENV
 
 PAPER_STUDIES := fig2_dimensions fig3a_spectra fig3b_iteration fig4_activations fig5_epsilon rank_selection
-ACCURACY_STUDIES := embedded_heads recipes against_vanilla
+ACCURACY_STUDIES := conversion embedded_heads recipes against_vanilla
 
-.PHONY: demo test lint bench arm64 default-model clean $(PAPER_STUDIES:%=study-%) $(ACCURACY_STUDIES:%=study-%) study-time_to_accuracy
+.PHONY: demo test lint bench arm64 default-model clean $(PAPER_STUDIES:%=study-%) $(ACCURACY_STUDIES:%=study-%) study-time_to_accuracy study-optimisers
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -81,7 +81,7 @@ $(PAPER_STUDIES:%=study-%): study-%: $(VENV)/.stamp-run
 $(ACCURACY_STUDIES:%=study-%): study-%: $(VENV)/.stamp-run
 	$(BIN)/python -m benchmarks.accuracy $* $(ARGS)
 
-# The shipped model again, into build/: about two hours; stopped, it goes on where it was.
+# The shipped model again, into build/: some three hours; stopped, it goes on where it was.
 SHARED ?= ../shared
 build/default-converted/model.safetensors: | $(VENV)/.stamp-run
 	$(BIN)/python -m benchmarks.default_model.convert --source $(SHARED)/models/vit-s14 --photos $(SHARED)/data/photos-1k \
@@ -91,8 +91,8 @@ default-model: build/default-converted/model.safetensors
 	$(BIN)/python -m benchmarks.default_model.heal --source $(SHARED)/models/vit-s14 --photos $(SHARED)/data/photos-1k \
 	  --tiles $(SHARED)/data/tiny-imagenet-32 --student $(<D) --out build/default-model $(ARGS)
 
-study-time_to_accuracy: $(VENV)/.stamp-run
-	$(BIN)/python -m benchmarks.accuracy.time_to_accuracy $(ARGS)
+study-time_to_accuracy study-optimisers: study-%: $(VENV)/.stamp-run
+	$(BIN)/python -m benchmarks.accuracy.$* $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -67,6 +67,14 @@ def test_converting_again_at_the_same_epsilon_keeps_the_ranks(out, tmp_path):
     assert all(rank is not None and rank <= 4 for rank in read_config(out).linears.values())
 
 
+@pytest.mark.parametrize(("epsilon", "says"), [("0.6", True), ("0.5", False)])
+def test_what_a_model_in_factors_has_lost_is_said_to_be_gone(out, tmp_path, capsys, epsilon, says):
+    own = write_tiny(tmp_path / "own", rank=4, epsilon=0.6)
+    class_folders(tmp_path / "photos", {"a": 9, "b": 9})
+    assert run(["convert", str(own), str(out), "--calibrate", str(tmp_path / "photos"), "--epsilon", epsilon]) == 0
+    assert ("brings nothing back" in capsys.readouterr().err) is says
+
+
 def test_the_default_epsilon_is_0_8_or_the_models_own(dense, out, tmp_path):
     assert run(["convert", dense, str(out)]) == 0
     assert read_config(out).epsilon == 0.8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from photos import save_jpeg, scene
 from PIL import Image
 from tiny_artefact import write_tiny
 
-from benchmarks.default_model import heal
-from benchmarks.default_model.pictures import photo_paths, read_tiles
+from benchmarks.default_model import heal, overlap, pictures
+from benchmarks.default_model.pictures import all_photos, all_tiles, photo_paths, read_tiles
 from benchmarks.mosaics import TILE
 from wasi_edge.artefact import open_artefact
 
@@ -70,6 +71,49 @@ def test_tiles_are_read_class_after_class_and_spread_over_classes(folders: dict[
     with pytest.raises(FileNotFoundError, match="mosaics"):
         read_tiles(folders["photos"])
     assert [path.name for path in photo_paths(folders["photos"])] == [f"{number}.jpg" for number in range(6)]
+
+
+def test_evaluation_photos_are_left_out(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "OVERLAP", tmp_path / "overlap.json")
+    found = [
+        {"photo": "a/1", "picture": "n1/3"},
+        {"photo": "a/2", "picture": "n1/3"},
+        {"photo": "b/1", "picture": "2.jpg"},
+    ]
+    (tmp_path / "overlap.json").write_text(json.dumps(found))
+    every, kept = all_tiles(folders["tiles"]), read_tiles(folders["tiles"])
+    each = ROWS * COLUMNS
+    assert np.array_equal(kept.pictures[: each - 1], every.pictures[: each - 1])  # as many of every class
+    assert np.array_equal(kept.pictures[each - 1 :], np.delete(every.pictures[each:], 3, axis=0))
+    assert np.bincount(kept.labels).tolist() == [each - 1, each - 1]
+    assert [path.name for path in photo_paths(folders["photos"])] == ["0.jpg", "1.jpg", "3.jpg", "4.jpg", "5.jpg"]
+    assert len(all_photos(folders["photos"])) == 6
+    assert read_tiles(folders["tiles"], without=("n0",)).names == ("n1",)
+
+
+def test_the_same_photo_is_found_as_a_crop_and_mirrored() -> None:
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(scene_pixels(rng, 96, 128))
+    others = [scene_pixels(rng, TILE, TILE) for _ in range(50)]
+    crop = overlap.crop(photo, (20, 8, 90, 84), TILE)
+    noisy = np.clip(crop + rng.normal(0, 6, crop.shape), 0, 255).astype(np.uint8)
+    tiles = np.stack([*others, noisy[:, ::-1]])
+    coarse = overlap.standard(overlap.shrunk(tiles))
+    score, number = overlap.best_match(photo, tiles, coarse)
+    assert number == 50 and score > overlap.ALIKE
+    score, _ = overlap.best_match(photo, tiles[:50], coarse[:50])
+    assert score < overlap.ALIKE
+
+
+def scene_pixels(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Blots of all sizes, as photos have them."""
+    total = np.zeros((height, width, 3), np.float32)
+    for cells in (2, 4, 8, 16, 32):
+        blots = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        total += np.asarray(blots.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    return (total / 5).astype(np.uint8)
 
 
 def test_crops_pass_all_pictures_once_an_epoch(folders: dict[str, Path]) -> None:

@@ -6,16 +6,19 @@ import itertools
 import json
 import os
 import random
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from photos import save_jpeg, scene
 from tiny_artefact import write_tiny
 
 from benchmarks.accuracy import datasets, time_to_accuracy
 from benchmarks.accuracy.accelerator import compute_on
+from benchmarks.accuracy.converted import converted_by_command
 from benchmarks.accuracy.datasets import Photos, folds, random_split
 from benchmarks.accuracy.learn import Variant, head_accuracy, learn, photo_features
 from benchmarks.accuracy.study import Job, Store, paired_difference
@@ -64,6 +67,19 @@ def test_learns_in_memory(subject: Subject, photos: Photos, method: str) -> None
 def test_closed_form_head_of_all_photos(subject: Subject, photos: Photos) -> None:
     split = random_split(photos, 0)
     assert head_accuracy(photo_features(subject, photos), photos, split.train, split.test) > 0.9
+
+
+def test_converts_as_a_user_does(tmp_path: Path) -> None:
+    dense = write_tiny(tmp_path / "dense", rank=None, labels=None)
+    paths = [save_jpeg(tmp_path / f"{number}.jpg", scene(number)) for number in range(20)]
+    with converted_by_command(str(dense), paths, 0.5, 16, "512MB") as (subject, measured):
+        assert subject.own_epsilon == 0.5
+        assert measured["calibration_photos"] == 20 and measured["stored_parameters"] > 0
+        assert 50e6 < measured["peak_bytes"] < 512 * 2**20 and measured["seconds"] > 0
+        folder = subject.folder
+    assert folder is not None and not folder.exists()
+    with pytest.raises(subprocess.CalledProcessError), converted_by_command(str(dense), paths, 0.5, 16, "1MB"):
+        pass
 
 
 def test_split_is_complete_disjoint_and_as_large_as_said(photos: Photos) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.accuracy.accelerator import compute_on, name_of
 from benchmarks.accuracy.datasets import write_fixed_split
-from benchmarks.accuracy.studies import RECIPE_SETS, STUDIES
+from benchmarks.accuracy.studies import RECIPE_SETS, REPEATS, STUDIES
 from benchmarks.accuracy.study import Store, paired_difference, this_machine
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=[*STUDIES, "splits"])
     parser.add_argument("--data", default="", help="comma-separated; all of the study's if not given")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, help="splits or folds; as many as docs/results.md has if not given")
     parser.add_argument("--processes", type=int, default=1, help="runs beside each other, one thread each")
     parser.add_argument("--device", help="compute there, 'cuda' say, and not on the CPU (see accelerator.py)")
     parser.add_argument("--seed", type=int, default=0, help="of `splits`")
@@ -36,7 +36,7 @@ def main() -> None:
                 write_fixed_split(source.name, source.photos(), given.seed)
         return
     store = Store(given.study, this_machine(name_of(given.device) if given.device and not given.table else None))
-    jobs = list(STUDIES[given.study](datasets, given.repeats))
+    jobs = list(STUDIES[given.study](datasets, given.repeats or REPEATS[given.study]))
     if not given.table:
         prepare = partial(compute_on, given.device) if given.device else partial(torch.set_num_threads, 1)
         if given.device or given.processes > 1:
@@ -71,13 +71,17 @@ def _print_table(store: Store, rows: list[tuple[str, str]]) -> None:
 
 def _print_tests(store: Store, rows: list[tuple[str, str]]) -> None:
     reference: dict[str, dict[int, float]] = {}
-    print("data | variant | test | against the first")
+    print("data | variant | test | against the first | what else was measured, mean")
     for group, label in rows:
         test = {split: run["test"] for split, run in store.of(group, label).items()}
         if test:
             difference, interval, count = paired_difference(test, reference.setdefault(group, test))
             against = f"{100 * difference:+.2f} +- {100 * interval:.2f} ({count})"
-            print(f"{group} | {label} | {_mean(test.values()):.4f} | {against}")
+            runs = list(store.of(group, label).values())
+            more = [key for key, value in runs[0].items() if isinstance(value, int | float)]
+            means = {key: _mean(run[key] for run in runs) for key in more if key not in ("test", "machine")}
+            others = ", ".join(f"{key} {mean:.4g}" for key, mean in means.items())
+            print(f"{group} | {label} | {_mean(test.values()):.4f} | {against} | {others}")
 
 
 if __name__ == "__main__":

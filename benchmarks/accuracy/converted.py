@@ -1,12 +1,19 @@
-"""The dense network in factors, calibrated on the photos that it is then trained on: `finetune` from a dense source."""
+"""The dense network in factors: as `finetune` converts it, on the photos that it is then trained on, and as a user does
+with `wasi-edge convert`."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,3 +39,37 @@ def converted(
             convert(source, Path(folder) / "model", settings, views, {}, lambda done, total: None)
         seconds = time.monotonic() - began
         yield find_subject(str(Path(folder) / "model"), size), seconds
+
+
+@contextmanager
+def converted_by_command(
+    model: str, calibration: list[Path], epsilon: float, size: int, budget: str
+) -> Iterator[tuple[Subject, dict[str, Any]]]:
+    """`model` as `wasi-edge convert` makes it in a process of its own, calibrated on these files if there are any.
+
+    With it the seconds of wall clock, the peak of resident memory as the kernel counts it, and what is left of the
+    weights of blocks. Gone afterwards. Raises CalledProcessError where the command fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out, own = Path(folder) / "model", Path(folder) / "photos"
+        command = [sys.executable, "-m", "wasi_edge", "convert", model, str(out), "--json", "--budget", budget]
+        command += ["--epsilon", str(epsilon), "--image-size", str(size)]
+        if calibration:
+            own.mkdir()
+            for number, path in enumerate(calibration):
+                shutil.copy(path, own / f"{number:04d}{path.suffix}")
+            command += ["--calibrate", str(own)]
+        began = time.monotonic()
+        with (Path(folder) / "said").open("w") as said:
+            child = subprocess.Popen(command, stdout=said)
+            _, status, usage = os.wait4(child.pid, 0)
+        if status:
+            raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
+        told = json.loads((Path(folder) / "said").read_text())
+        measured = {
+            "seconds": round(time.monotonic() - began, 1),
+            "peak_bytes": usage.ru_maxrss * 1024,
+            "calibration_photos": told["calibration_photos"],
+            "stored_parameters": told["stored_parameters"],
+        }
+        yield find_subject(str(out), size), measured

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.accuracy.converted import converted
+from benchmarks.accuracy.converted import converted, converted_by_command
 from benchmarks.accuracy.datasets import ROOT, Photos, Split, folds, load_photos, random_split
 from benchmarks.accuracy.learn import Variant, head_accuracy, learn, photo_features, settings_of
 from benchmarks.accuracy.study import Job
@@ -125,16 +126,62 @@ def _head_test(name: str, model: str, per_class: int | None, train: int, test: i
     return {"test": head_accuracy(features, photos, order[:train], order[train : train + test])}
 
 
+# what a conversion is calibrated on
+CONVERTED_BY = ("nothing", "photos-1k", "its photos")
+
+
+def conversion(datasets: list[str], repeats: int) -> Iterator[Job]:
+    """The dense network converted by the command, at most 512 MB: its closed-form head, and WASI from there.
+
+    200 photos of `clothing` are calibrated on and trained on, 200 others tested on, as `embedded_heads` has them; the
+    rest choose the epoch.
+    """
+    subject, source = _subject(DENSE_MODEL, 168), Source("clothing", 168)
+    for split in range(repeats):
+        work = partial(_head_test, source.name, DENSE_MODEL, None, 200, 200, split)
+        yield Job(source.name, "dense", split, work, settings_of(HEAD, subject))
+        for epsilon in (0.8, 0.6):
+            for calibration in CONVERTED_BY:
+                settings = settings_of(WASI, subject, epsilon=epsilon, calibration=calibration)
+                run = partial(_conversion, source, calibration, epsilon, split)
+                yield Job(source.name, f"{epsilon}, calibrated on {calibration}", split, run, settings)
+
+
+def _conversion(source: Source, calibration: str, epsilon: float, split: int) -> dict[str, Any]:
+    photos = source.photos()
+    order = np.random.default_rng(split).permutation(len(photos))
+    parts = Split(train=order[:200], val=order[400:], test=order[200:400])
+    paths: list[Path] = []
+    if calibration == "its photos":
+        paths = [ROOT / source.name / photos.names[i] for i in parts.train]
+    elif calibration == "photos-1k":
+        paths = sorted((ROOT / "photos-1k").iterdir())
+    with converted_by_command(DENSE_MODEL, paths, epsilon, source.size, "512MB") as (subject, measured):
+        features = photo_features(subject, photos)
+        unseen = np.concatenate([parts.test, parts.val])
+        tuned = learn(subject, photos, parts, WASI, split)
+    return {
+        "test": head_accuracy(features, photos, parts.train, parts.test),
+        "all unseen": head_accuracy(features, photos, parts.train, unseen),
+        "tuned": tuned["best"]["test"],
+        "tuned_val": tuned["best"]["val"],
+        **measured,
+    }
+
+
 @lru_cache(maxsize=1)
 def _features(name: str, model: str, per_class: int | None) -> torch.Tensor:
     return photo_features(_subject(model, 168), _photos(Source(name, 168, per_class)))
 
 
 STUDIES: dict[str, Callable[[list[str], int], Iterator[Job]]] = {
+    "conversion": conversion,
     "embedded_heads": embedded_heads,
     "recipes": recipes,
     "against_vanilla": against_vanilla,
 }
+# splits or folds of each
+REPEATS = {"conversion": 3, "embedded_heads": 5, "recipes": 3, "against_vanilla": 5}
 
 
 def _job(source: Source, label: str, variant: Variant, repeat: int, split: Divide, model: str = DENSE_MODEL) -> Job:

@@ -7,8 +7,8 @@ Every step sees crops of unlabelled photos, half of the time mixed in pairs, and
 loss is the squared error of the tokens after the last norm, and of what a head reads of them (class token, mean of the
 patches), each relative to the dense network's spread; on small pictures, the cross-entropy of a linear classifier on
 what a head reads, which is thrown away in the end. Sizes take turns. AdamW on balanced factors under torch autograd:
-this runs on a developer's machine, memory does not matter. Evaluation sets are never used. Resumable: the state is
-written to --state every 50 steps.
+this runs on a developer's machine, memory does not matter. Evaluation photos are not used,
+nor what `overlap` finds to be the same as one. Resumable: the state is written to --state every 50 steps.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ from wasi_edge.training.head import fit_head
 # input size and pictures of a step: steps go through these in turn
 PHOTO_STEPS = ((168, 5), (112, 9))
 TILE_STEPS = ((84, 24), (84, 24), (112, 14), (84, 24))
+# bees: `hymenoptera` was taken from the same photos, and not every crop of one can be found
+LEFT_OUT = ("n02206856",)
 PHOTO_WEIGHT, LABEL_SMOOTHING = 2.0, 0.1
 WARM_UP, CLIP, CLASSIFIER_RATE = 100, 1.0, 5e-4
 SAVED_EVERY, FITTED_ON_EACH, SIDE = 50, 25, 224
@@ -131,7 +133,7 @@ class Options:
     `lr`: the highest of the network's parameters, on a cosine over `steps`.
     """
 
-    steps: int = 4000
+    steps: int = 6000
     lr: float = 3e-5
     seed: int = 0
     bfloat16: bool = False
@@ -275,7 +277,7 @@ def main() -> int:
     parser.add_argument("--bfloat16", action="store_true", help="1.5 times faster where the CPU has AVX512-BF16")
     given = parser.parse_args()
 
-    artefact, tiles = open_artefact(given.student), read_tiles(given.tiles)
+    artefact, tiles = open_artefact(given.student), read_tiles(given.tiles, LEFT_OUT)
     options = Options(given.steps, given.lr, given.seed, given.bfloat16)
     healing = Healing(artefact, given.source, given.photos, tiles, options)
     if given.state.exists():

@@ -38,7 +38,10 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the result, new or empty.")],
     epsilon: Annotated[
         float | None,
-        typer.Option(help="Share of each layer's energy kept, 0 to 1.", show_default="0.8, or the model's own"),
+        typer.Option(
+            help="How many weights are kept: those that hold this share of each layer's energy.",
+            show_default="0.8, or the model's own",
+        ),
     ] = None,
     dtype: Annotated[StoredType, typer.Option(help="How the tensors are stored.")] = StoredType.FLOAT32,
     calibrate: Annotated[
@@ -62,6 +65,11 @@ def convert(
         size = dense.preprocessing.image_size if image_size is None else image_size
         dense.geometry.tokens(size)  # refuses a size that the patches do not divide
         kept = _epsilon(source, dense, epsilon)
+        if calibrate is not None and dense.config is not None and dense.config.epsilon == kept:
+            console.say(
+                f"{source} is in factors at epsilon {kept:g} already, and calibrating brings nothing back of what was "
+                "cut away: fine-tune it, take a lower --epsilon, or convert the dense checkpoint"
+            )
         result = _carry_out(dense, out, kept, dtype, size, calibrate, budget_from(budget), threads)
     if as_json:
         console.print_json(result)

@@ -34,18 +34,23 @@ def finetune(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the result.", show_default="./wasi-run-N, the first free N")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Most passes over the photos.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Most passes over the photos.", show_default="6, of head none")
+    ] = None,
     max_time: Annotated[str | None, typer.Option(help="Be done by then, e.g. 20m or 1h30m.")] = None,
     epsilon: Annotated[
         float | None,
-        typer.Option(help="Share of each layer's energy kept, 0 to 1.", show_default="the model's own, else 0.8"),
+        typer.Option(
+            help="How many weights are kept: those that hold this share of each layer's energy.",
+            show_default="the model's own, else 0.8",
+        ),
     ] = None,
     method: Annotated[Method, typer.Option(help="How to train.")] = Method.WASI,
     val_split: Annotated[float, typer.Option(help="Share of the photos held back to test on.")] = 0.2,
     seed: Annotated[int, typer.Option(min=0, help="Another seed is another split and order.")] = 0,
     image_size: Annotated[int | None, typer.Option(min=8, help="Input size in pixels.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Photos per optimiser step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Photos per optimiser step.", show_default="16")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default="the method's own")] = None,
     train_blocks: Annotated[
         int | None,
         typer.Option(min=1, help="Train the last N blocks alone.", show_default="all, or as many as fit the budget"),
