@@ -63,8 +63,10 @@ def converted_by_command(
         with (Path(folder) / "said").open("w") as said:
             child = subprocess.Popen(command, stdout=said)
             _, status, usage = os.wait4(child.pid, 0)
-        if status:
-            raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
+        # else it would be waited for again some day, and another process of that number with it
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            raise subprocess.CalledProcessError(child.returncode, command)
         told = json.loads((Path(folder) / "said").read_text())
         measured = {
             "seconds": round(time.monotonic() - began, 1),
