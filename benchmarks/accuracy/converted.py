@@ -4,7 +4,6 @@ with `wasi-edge convert`."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -47,8 +46,8 @@ def converted_by_command(
 ) -> Iterator[tuple[Subject, dict[str, Any]]]:
     """`model` as `wasi-edge convert` makes it in a process of its own, calibrated on these files if there are any.
 
-    With it the seconds of wall clock, the peak of resident memory as the kernel counts it, and what is left of the
-    weights of blocks. Gone afterwards. Raises CalledProcessError where the command fails.
+    With it the seconds of wall clock, the peak of resident memory (VmHWM: what `wait4` says is at least that of the parent)
+    and the parameters stored. Gone afterwards. Raises CalledProcessError where the command fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, own = Path(folder) / "model", Path(folder) / "photos"
@@ -61,16 +60,11 @@ def converted_by_command(
             command += ["--calibrate", str(own)]
         began = time.monotonic()
         with (Path(folder) / "said").open("w") as said:
-            child = subprocess.Popen(command, stdout=said)
-            _, status, usage = os.wait4(child.pid, 0)
-        # else it would be waited for again some day, and another process of that number with it
-        child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode:
-            raise subprocess.CalledProcessError(child.returncode, command)
+            subprocess.run(command, stdout=said, check=True)
         told = json.loads((Path(folder) / "said").read_text())
         measured = {
             "seconds": round(time.monotonic() - began, 1),
-            "peak_bytes": usage.ru_maxrss * 1024,
+            "peak_bytes": told["peak_rss_bytes"],
             "calibration_photos": told["calibration_photos"],
             "stored_parameters": told["stored_parameters"],
         }
