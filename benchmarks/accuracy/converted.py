@@ -46,7 +46,7 @@ def converted_by_command(
 ) -> Iterator[tuple[Subject, dict[str, Any]]]:
     """`model` as `wasi-edge convert` makes it in a process of its own, calibrated on these files if there are any.
 
-    With it the seconds of wall clock, the peak of resident memory (VmHWM: what `wait4` says is at least that of the parent)
+    With it the seconds of wall clock, the peak of resident memory (VmHWM: what `wait4` says is at least the parent's)
     and the parameters stored. Gone afterwards. Raises CalledProcessError where the command fails.
     """
     with tempfile.TemporaryDirectory() as folder:
