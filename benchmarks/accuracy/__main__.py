@@ -73,13 +73,13 @@ def _print_tests(store: Store, rows: list[tuple[str, str]]) -> None:
     reference: dict[str, dict[int, float]] = {}
     print("data | variant | test | against the first | what else was measured, mean")
     for group, label in rows:
-        test = {split: run["test"] for split, run in store.of(group, label).items()}
+        runs = store.of(group, label)
+        test = {split: run["test"] for split, run in runs.items()}
         if test:
             difference, interval, count = paired_difference(test, reference.setdefault(group, test))
             against = f"{100 * difference:+.2f} +- {100 * interval:.2f} ({count})"
-            runs = list(store.of(group, label).values())
-            more = [key for key, value in runs[0].items() if isinstance(value, int | float)]
-            means = {key: _mean(run[key] for run in runs) for key in more if key not in ("test", "machine")}
+            more = [key for key, value in next(iter(runs.values())).items() if isinstance(value, int | float)]
+            means = {key: _mean(run[key] for run in runs.values()) for key in more if key not in ("test", "machine")}
             others = ", ".join(f"{key} {mean:.4g}" for key, mean in means.items())
             print(f"{group} | {label} | {_mean(test.values()):.4f} | {against} | {others}")
 

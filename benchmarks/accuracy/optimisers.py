@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy.datasets import folds
-from benchmarks.accuracy.learn import learn, settings_of
+from benchmarks.accuracy.learn import Variant, learn, settings_of
 from benchmarks.accuracy.rules import RULES, learning_by, state_bytes
 from benchmarks.accuracy.studies import WASI, Source
 from benchmarks.accuracy.study import RESULTS, Job, Store, this_machine
 from wasi_edge.bench.contestant import Contestant, Entry, free_choices
-from wasi_edge.bench.subject import find_subject
+from wasi_edge.bench.subject import Subject, find_subject
 from wasi_edge.bench.timing import interleave
+from wasi_edge.chunks import TURNS
 from wasi_edge.method import Method
 from wasi_edge.training.defaults import BATCH, GRADIENT_RANK
 from wasi_edge.training.trainer import SubspaceTrainer
@@ -64,20 +65,22 @@ def main() -> None:
 def jobs(fold: int) -> Iterator[Job]:
     """One run of every rule, rate and set."""
     for source in SETS:
+        subject = find_subject("default", source.size)
         for rule, rates in RATES.items():
             for rate in rates:
-                subject, variant = find_subject("default", source.size), replace(WASI, learning_rate=rate)
+                variant = replace(WASI, learning_rate=rate)
                 settings = settings_of(variant, subject, **source.settings, rule=rule)
-                yield Job(source.name, _label(rule, rate), fold, partial(_run, source, rule, rate, fold), settings)
+                yield Job(
+                    source.name, _label(rule, rate), fold, partial(_run, source, subject, rule, variant, fold), settings
+                )
 
 
 def _label(rule: str, rate: float) -> str:
     return f"{rule}, {rate:g}"
 
 
-def _run(source: Source, rule: str, rate: float, fold: int) -> dict[str, Any]:
-    photos, subject = source.photos(), find_subject("default", source.size)
-    held: list[int] = []
+def _run(source: Source, subject: Subject, rule: str, variant: Variant, fold: int) -> dict[str, Any]:
+    photos, held = source.photos(), []
 
     def watch(epoch: int, trainer: Any) -> None:
         assert isinstance(trainer, SubspaceTrainer)
@@ -85,7 +88,7 @@ def _run(source: Source, rule: str, rate: float, fold: int) -> dict[str, Any]:
 
     with learning_by(rule):
         split = folds(source.name, photos, fold)
-        result = learn(subject, photos, split, replace(WASI, learning_rate=rate), fold, watch)
+        result = learn(subject, photos, split, variant, fold, watch)
     return result | {"state_bytes": max(held)}
 
 
@@ -104,7 +107,7 @@ def _step_ratios(rounds: int) -> dict[str, float]:
 def _step(rule: str, contestant: Contestant) -> None:
     """As many steps as linears need to have moved once."""
     with learning_by(rule):
-        for _ in range(2):
+        for _ in range(TURNS):
             contestant.step()
 
 

@@ -19,6 +19,7 @@ from benchmarks.accuracy.converted import converted, converted_by_command
 from benchmarks.accuracy.datasets import ROOT, Photos, Split, folds, load_photos, random_split
 from benchmarks.accuracy.learn import Variant, head_accuracy, learn, photo_features, settings_of
 from benchmarks.accuracy.study import Job
+from benchmarks.default_model.pictures import all_photos
 from wasi_edge.bench.subject import Subject, find_subject
 
 EPSILON, CALIBRATION = 0.8, 400
@@ -166,7 +167,7 @@ def _conversion(source: Source, calibration: str, epsilon: float, split: int) ->
     if calibration == "its photos":
         paths = [ROOT / source.name / photos.names[i] for i in parts.train]
     elif calibration == "photos-1k":
-        paths = sorted((ROOT / "photos-1k").iterdir())
+        paths = all_photos(ROOT / "photos-1k")
     with converted_by_command(DENSE_MODEL, paths, epsilon, source.size, "512MB") as (subject, measured):
         features = photo_features(subject, photos)
         unseen = np.concatenate([parts.test, parts.val])
