@@ -7,6 +7,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from photos import save_jpeg, scene
 from tiny_artefact import write_tiny
 
 from benchmarks.accuracy import datasets, time_to_accuracy
-from benchmarks.accuracy.accelerator import compute_on
 from benchmarks.accuracy.converted import converted_by_command
 from benchmarks.accuracy.datasets import Photos, folds, random_split
 from benchmarks.accuracy.learn import Variant, head_accuracy, learn, photo_features
+from benchmarks.accuracy.processes import run_beside
 from benchmarks.accuracy.study import Job, Store, paired_difference
 from benchmarks.paper import fig3b_iteration, formulas, rank_selection
 from wasi_edge.bench.subject import Subject, find_subject
@@ -35,6 +36,10 @@ def subject(tmp_path: Path) -> Subject:
 
 @pytest.fixture
 def photos(subject: Subject) -> Photos:
+    return dark_and_light(subject)
+
+
+def dark_and_light(subject: Subject) -> Photos:
     """Two kinds of noise, dark and light, that any head tells apart."""
     rng = np.random.default_rng(0)
     labels = torch.arange(60) % 2
@@ -177,30 +182,73 @@ def test_a_result_is_kept_at_once_and_not_measured_again(tmp_path: Path) -> None
     assert held["machines"] == [{}, {"cpu": "another"}] and held["runs"]["set | a | 0"]["machine"] == 0
 
 
+ANSWERS = """
+import os
+from benchmarks.accuracy.processes import answer
+from benchmarks.accuracy.processes import run_beside
+from benchmarks.accuracy.study import Job
+
+def work(label):
+    print("between the answers")
+    return {"test": 1 / float(label), "process": os.getpid()}
+
+answer(Job("set", label, 0, lambda label=label: work(label)) for label in "0123456")
+"""
+
+
 def test_processes_share_the_jobs_and_keep_what_is_done_where_one_fails(tmp_path: Path) -> None:
-    def job(label: str) -> Job:
-        return Job("set", label, 0, lambda: {"test": 1 / float(label), "process": os.getpid()})
+    def run(labels: str, processes: int) -> None:
+        jobs = [Job("set", label, 0, dict) for label in labels]
+        run_beside(store, jobs, [sys.executable, "-c", ANSWERS], processes, lambda text: None)
 
     store = Store("study", {}, tmp_path)
-    store.run_beside([job(label) for label in "1234"], 2, lambda: None, lambda text: None)
+    run("1234", 2)
     assert [store.of("set", label)[0]["test"] for label in "1234"] == [1, 1 / 2, 1 / 3, 1 / 4]
     assert os.getpid() not in {store.of("set", label)[0]["process"] for label in "1234"}
     with pytest.raises(RuntimeError, match="failed"):
-        store.run_beside([job(label) for label in "12056"], 1, lambda: None, lambda text: None)
+        run("12506", 1)
     again = Store("study", {}, tmp_path)
-    assert again.runs.keys() == {f"set | {label} | 0" for label in "1234"}
+    assert again.runs.keys() == {f"set | {label} | 0" for label in "12345"}
+
+
+def test_a_studys_command_answers_and_says_which_device_it_cannot_use() -> None:
+    def ask(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "benchmarks.accuracy", "against_vanilla", "--data", "none such", *more]
+        return subprocess.run(command, input="", capture_output=True, text=True, check=False)
+
+    assert (ask("--answer").returncode, ask("--answer").stdout) == (0, "")
+    refused = ask("--device", "cuda:99")
+    assert refused.returncode == 2 and "cannot use the device cuda:99" in refused.stderr
+
+
+PLACED = """
+import sys
+from benchmarks.accuracy.accelerator import compute_on
+from benchmarks.accuracy.processes import answer
+from benchmarks.accuracy.processes import run_beside
+from benchmarks.accuracy.study import Job
+from test_studies import learned
+
+compute_on("cpu")
+answer([Job("set", "placed", 0, lambda: learned(sys.argv[1], sys.argv[2]))])
+"""
+
+
+def learned(folder: str, method: str) -> dict[str, Any]:
+    subject = find_subject(folder)
+    photos = dark_and_light(subject)
+    return learn(subject, photos, random_split(photos, 0), Variant(method, epochs=2), 0)
 
 
 @pytest.mark.parametrize("method", ["wasi", "vanilla", "lora"])
-def test_learns_the_same_where_tensors_are_placed(subject: Subject, photos: Photos, method: str) -> None:
+def test_learns_the_same_where_tensors_are_placed(subject: Subject, method: str, monkeypatch, tmp_path: Path) -> None:
     """In a process of its own, on the one device there always is."""
-
-    def work() -> dict[str, Any]:
-        return learn(subject, photos, random_split(photos, 0), Variant(method, epochs=2), 0)
-
-    here = work()
-    store = Store("study", {}, Path(subject.folder or "").parent)
-    store.run_beside([Job("set", "placed", 0, work)], 1, lambda: compute_on("cpu"), lambda text: None)
+    folder = str(subject.folder)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    store = Store("study", {}, tmp_path)
+    command = [sys.executable, "-c", PLACED, folder, method]
+    run_beside(store, [Job("set", "placed", 0, dict)], command, 1, lambda text: None)
+    here = learned(folder, method)
     for there, entry in zip(store.of("set", "placed")[0]["history"], here["history"], strict=True):
         assert there["val_loss"] == pytest.approx(entry["val_loss"], rel=1e-3)
 

@@ -14,8 +14,9 @@ import torch
 
 from benchmarks.accuracy.accelerator import compute_on, name_of
 from benchmarks.accuracy.datasets import write_fixed_split
+from benchmarks.accuracy.processes import add_options, work_through
 from benchmarks.accuracy.studies import RECIPE_SETS, REPEATS, STUDIES
-from benchmarks.accuracy.study import Store, paired_difference, this_machine
+from benchmarks.accuracy.study import Job, Store, paired_difference, this_machine
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("study", choices=[*STUDIES, "splits"])
     parser.add_argument("--data", default="", help="comma-separated; all of the study's if not given")
     parser.add_argument("--repeats", type=int, help="splits or folds; as many as docs/results.md has if not given")
-    parser.add_argument("--processes", type=int, default=1, help="runs beside each other, one thread each")
+    add_options(parser)
     parser.add_argument("--device", help="compute there, 'cuda' say, and not on the CPU (see accelerator.py)")
     parser.add_argument("--seed", type=int, default=0, help="of `splits`")
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
@@ -35,15 +36,19 @@ def main() -> None:
             if not datasets or source.name in datasets:
                 write_fixed_split(source.name, source.photos(), given.seed)
         return
-    store = Store(given.study, this_machine(name_of(given.device) if given.device and not given.table else None))
-    jobs = list(STUDIES[given.study](datasets, given.repeats or REPEATS[given.study]))
+    try:
+        store = Store(given.study, this_machine(name_of(given.device) if given.device and not given.table else None))
+    except RuntimeError as error:
+        parser.error(str(error))
+
+    def jobs() -> list[Job]:
+        return list(STUDIES[given.study](datasets, given.repeats or REPEATS[given.study]))
+
     if not given.table:
+        alone = given.processes == 1 and not given.device
         prepare = partial(compute_on, given.device) if given.device else partial(torch.set_num_threads, 1)
-        if given.device or given.processes > 1:
-            store.run_beside(jobs, given.processes, prepare, say)
-        else:
-            store.run(jobs, say)
-    _print_table(store, list(dict.fromkeys((job.group, job.label) for job in jobs)))
+        work_through(store, jobs, given, None if alone else prepare, say)
+    _print_table(store, list(dict.fromkeys((job.group, job.label) for job in jobs())))
 
 
 def _print_table(store: Store, rows: list[tuple[str, str]]) -> None:

@@ -41,7 +41,7 @@ def compute_on(device: str) -> None:
 
 
 def name_of(device: str) -> str:
-    """What the maker calls it; asked in a process of its own, because a process that knows cannot be forked any more.
+    """What the maker calls it; asked in a process of its own, because one that knows keeps memory there.
 
     Raises RuntimeError where torch cannot use it.
     """

@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.accuracy.datasets import folds
 from benchmarks.accuracy.learn import Variant, learn, settings_of
+from benchmarks.accuracy.processes import add_options, work_through
 from benchmarks.accuracy.rules import RULES, learning_by, state_bytes
 from benchmarks.accuracy.studies import WASI, Source
 from benchmarks.accuracy.study import RESULTS, Job, Store, this_machine
@@ -44,16 +45,13 @@ RATES = {
 def main() -> None:
     """Learn what is missing, time, print, write down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=1, help="runs beside each other, one thread each")
+    add_options(parser)
     parser.add_argument("--rounds", type=int, default=10, help="of the timing")
     parser.add_argument("--fold", type=int, default=0)
     given = parser.parse_args()
     store = Store("optimisers", this_machine())
-    todo, say = list(jobs(given.fold)), partial(print, flush=True)
-    if given.processes > 1:
-        store.run_beside(todo, given.processes, partial(torch.set_num_threads, 1), say)
-    else:
-        store.run(todo, say)
+    prepare = partial(torch.set_num_threads, 1) if given.processes > 1 else None
+    work_through(store, partial(jobs, given.fold), given, prepare, partial(print, flush=True))
     ratios = _step_ratios(given.rounds)
     rows = [_row(store, rule, rate, ratios[rule], given.fold) for rule, rates in RATES.items() for rate in rates]
     table = {"machine": this_machine(), "rows": rows}

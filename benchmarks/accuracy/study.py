@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import queue
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -51,46 +49,15 @@ class Store:
 
     def run(self, jobs: Iterable[Job], say: Callable[[str], None] = print) -> None:
         """Do what is not there yet, in the order given."""
-        for job in jobs:
-            if not self._has(job):
-                self._keep(job, job.work(), say)
+        for job in self.missing(jobs):
+            self.keep(job, job.work(), say)
 
-    def run_beside(
-        self, jobs: Iterable[Job], processes: int, prepare: Callable[[], None], say: Callable[[str], None] = print
-    ) -> None:
-        """The same in so many processes, each of which calls `prepare` first: the next job goes to who is free.
+    def missing(self, jobs: Iterable[Job]) -> list[Job]:
+        """Those that are not there yet, in the order given."""
+        return [job for job in jobs if not self._has(job)]
 
-        Raises RuntimeError where a process failed; what others had finished by then is kept.
-        """
-        missing = [job for job in jobs if not self._has(job)]
-        context = multiprocessing.get_context("fork")  # jobs are closures, which no other start hands over
-        results: multiprocessing.Queue[tuple[int, dict[str, Any]]] = context.Queue()
-        taken = context.Value("i", 0)
-
-        def work() -> None:
-            prepare()
-            while True:
-                with taken.get_lock():
-                    number = taken.value
-                    taken.value += 1
-                if number >= len(missing):
-                    return
-                results.put((number, missing[number].work()))
-
-        workers = [context.Process(target=work, daemon=True) for _ in range(min(processes, len(missing)))]
-        for worker in workers:
-            worker.start()
-        for _ in missing:
-            while True:
-                try:
-                    number, result = results.get(timeout=1.0)
-                    break
-                except queue.Empty:
-                    if any(worker.exitcode for worker in workers):
-                        raise RuntimeError("a process of the study failed; its traceback stands above") from None
-            self._keep(missing[number], result, say)
-
-    def _keep(self, job: Job, result: dict[str, Any], say: Callable[[str], None]) -> None:
+    def keep(self, job: Job, result: dict[str, Any], say: Callable[[str], None]) -> None:
+        """Write the result of a job down."""
         settings = {"settings": dict(job.settings)} if job.settings else {}
         self.runs[job.key] = result | settings | {"machine": self._machine}
         self._write()
