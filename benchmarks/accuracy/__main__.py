@@ -10,11 +10,9 @@ import argparse
 from functools import partial
 from statistics import fmean as _mean
 
-import torch
-
 from benchmarks.accuracy.accelerator import compute_on, name_of
 from benchmarks.accuracy.datasets import write_fixed_split
-from benchmarks.accuracy.processes import add_options, work_through
+from benchmarks.accuracy.processes import add_options, one_thread_each, work_through
 from benchmarks.accuracy.studies import RECIPE_SETS, REPEATS, STUDIES
 from benchmarks.accuracy.study import Job, Store, paired_difference, this_machine
 
@@ -36,6 +34,7 @@ def main() -> None:
             if not datasets or source.name in datasets:
                 write_fixed_split(source.name, source.photos(), given.seed)
         return
+    prepare = partial(compute_on, given.device) if given.device else one_thread_each(given)
     try:
         store = Store(given.study, this_machine(name_of(given.device) if given.device and not given.table else None))
     except RuntimeError as error:
@@ -45,9 +44,7 @@ def main() -> None:
         return list(STUDIES[given.study](datasets, given.repeats or REPEATS[given.study]))
 
     if not given.table:
-        alone = given.processes == 1 and not given.device
-        prepare = partial(compute_on, given.device) if given.device else partial(torch.set_num_threads, 1)
-        work_through(store, jobs, given, None if alone else prepare, say)
+        work_through(store, jobs, given, prepare, say)
     _print_table(store, list(dict.fromkeys((job.group, job.label) for job in jobs())))
 
 

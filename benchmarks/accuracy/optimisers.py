@@ -9,20 +9,17 @@ two to four apart. Steps of all rules are timed interleaved afterwards. Stopped 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from benchmarks.accuracy.datasets import folds
 from benchmarks.accuracy.learn import Variant, learn, settings_of
-from benchmarks.accuracy.processes import add_options, work_through
+from benchmarks.accuracy.processes import add_options, one_thread_each, work_through
 from benchmarks.accuracy.rules import RULES, learning_by, state_bytes
 from benchmarks.accuracy.studies import WASI, Source
-from benchmarks.accuracy.study import RESULTS, Job, Store, this_machine
+from benchmarks.accuracy.study import Job, Store, this_machine, write_table
 from wasi_edge.bench.contestant import Contestant, Entry, free_choices
 from wasi_edge.bench.subject import Subject, find_subject
 from wasi_edge.bench.timing import interleave
@@ -49,15 +46,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="of the timing")
     parser.add_argument("--fold", type=int, default=0)
     given = parser.parse_args()
+    prepare = one_thread_each(given)
     store = Store("optimisers", this_machine())
-    prepare = partial(torch.set_num_threads, 1) if given.processes > 1 else None
     work_through(store, partial(jobs, given.fold), given, prepare, partial(print, flush=True))
     ratios = _step_ratios(given.rounds)
     rows = [_row(store, rule, rate, ratios[rule], given.fold) for rule, rates in RATES.items() for rate in rates]
-    table = {"machine": this_machine(), "rows": rows}
-    (RESULTS / "optimisers-table.json").write_text(json.dumps(table, indent=1) + "\n")
-    for row in rows:
-        print(" | ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    write_table("optimisers", rows)
 
 
 def jobs(fold: int) -> Iterator[Job]:

@@ -14,6 +14,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
 
 from benchmarks.accuracy.study import Job, Store
 
@@ -22,6 +25,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What `work_through` reads."""
     parser.add_argument("--processes", type=int, default=1, help="runs beside each other, one thread each")
     parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
+
+
+def one_thread_each(given: argparse.Namespace) -> Callable[[], None] | None:
+    """What several processes prepare; this one too, as results name its threads. None where there is only this one."""
+    if given.processes == 1:
+        return None
+    torch.set_num_threads(1)
+    return partial(torch.set_num_threads, 1)
 
 
 def work_through(

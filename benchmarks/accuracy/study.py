@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from wasi_edge.memory.hardware import hardware, versions
 
@@ -86,9 +88,32 @@ class Store:
 
 
 def this_machine(accelerator: str | None = None) -> dict[str, Any]:
-    """Where results come from: what computes, and the versions of what computes on it."""
-    machine = {key: value for key, value in hardware().items() if key in ("machine", "cpu", "cores", "board")}
+    """Where results come from: what computes, with how much memory and how many threads, and the versions of what
+    computes on it."""
+    known = hardware()
+    machine = {key: known[key] for key in ("machine", "cpu", "cores", "board")}
+    machine |= {"memory_gib": round((known["memory_bytes"] or 0) / 2**30), "threads": torch.get_num_threads()}
     return {**machine, **({"accelerator": accelerator} if accelerator else {}), **versions()}
+
+
+def write_table(name: str, rows: Sequence[Mapping[str, Any]], note: str = "", folder: Path = RESULTS) -> None:
+    """A study's table: printed, and written to `<folder>/<name>-table.json` with the machine it came from."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if note:
+        print(note)
+    print(" | ".join(columns))
+    for row in rows:
+        print(" | ".join(_text(row.get(column)) for column in columns))
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    folder.mkdir(exist_ok=True)
+    text = f'{{"machine": {json.dumps(this_machine())},\n"note": {json.dumps(note)},\n"rows": [\n{lines}\n]}}\n'
+    (folder / f"{name}-table.json").write_text(text)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _in_short(result: dict[str, Any]) -> str:

@@ -11,7 +11,6 @@ and where the dense network is converted first, so does the conversion.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from statistics import fmean
@@ -20,7 +19,7 @@ from typing import Any
 from benchmarks.accuracy.converted import converted
 from benchmarks.accuracy.datasets import random_split
 from benchmarks.accuracy.studies import CALIBRATION, CLAIM_SETS, DENSE_MODEL, EPSILON
-from benchmarks.accuracy.study import RESULTS, Store, this_machine
+from benchmarks.accuracy.study import Store, this_machine, write_table
 from wasi_edge.bench.contestant import Contestant, Entry, free_choices
 from wasi_edge.bench.subject import Subject, find_subject
 from wasi_edge.bench.timing import interleave
@@ -51,12 +50,9 @@ def main() -> None:
         start, step = seconds[row]
         start += conversion if row == "wasi" else 0.0
         whole = None if epochs is None else start + epochs * math.ceil(len(train) / BATCH) * step
-        rows.append({"row": row, "best": max(curves[row]), "epochs": epochs, "step": step, "seconds": whole})
-    result = {"machine": this_machine(), "data": given.data, "accuracy": target, "conversion": conversion, "rows": rows}
-    (RESULTS / "time_to_accuracy.json").write_text(json.dumps(result | {"curves": curves}, indent=1) + "\n")
-    print(f"{given.data}: seconds to {target:.4f}; conversion {conversion:.0f} s")
-    for entry in rows:
-        print(" | ".join(f"{key} {_text(value)}" for key, value in entry.items()))
+        found = {"row": row, "best": max(curves[row]), "epochs": epochs, "seconds of a step": step, "seconds": whole}
+        rows.append(found | {"test after each epoch": [round(value, 4) for value in curves[row]]})
+    write_table("time_to_accuracy", rows, f"{given.data}: seconds to {target:.4f}; conversion {conversion:.0f} s")
 
 
 def curve(histories: Sequence[Sequence[dict[str, Any]]]) -> list[float]:
@@ -96,10 +92,6 @@ def _seconds(calibrated: Subject, size: int, photos: int, rounds: int) -> dict[s
     # in vanilla's seconds: ratios of neighbours hold on a machine that others use
     step, forward = steps["vanilla"].median_seconds, passes["vanilla"].median_seconds
     return {row: (forward / passes[row].speedup * photos / BATCH, step / steps[row].speedup) for row in held}
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

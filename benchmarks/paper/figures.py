@@ -5,12 +5,12 @@ Results lie in `benchmarks/paper/results/`, plots in `docs/figures/`; `docs/resu
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import study
 from benchmarks.accuracy.study import Store, this_machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,14 +25,7 @@ def open_store(figure: str) -> Store:
 
 def write_table(figure: str, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
     """The figure's table: printed, and written to `results/<figure>-table.json`."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    print(" | ".join(columns))
-    for row in rows:
-        print(" | ".join(_text(row.get(column)) for column in columns))
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    RESULTS.mkdir(exist_ok=True)
-    text = f'{{"machine": {json.dumps(this_machine())},\n"note": {json.dumps(note)},\n"rows": [\n{lines}\n]}}\n'
-    (RESULTS / f"{figure}-table.json").write_text(text)
+    study.write_table(figure, rows, note, RESULTS)
 
 
 def write_plot(name: str, svg: str) -> None:
@@ -40,9 +33,3 @@ def write_plot(name: str, svg: str) -> None:
     FIGURES.mkdir(exist_ok=True)
     alone = re.sub(r'style="width:100%', 'style="background:#fff;color:#1d2226;width:100%', svg, count=1)
     (FIGURES / f"{name}.svg").write_text(alone + "\n")
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
