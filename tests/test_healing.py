@@ -139,6 +139,9 @@ def test_goes_on_to_the_bit_where_it_was_stopped(folders: dict[str, Path], tmp_p
         assert torch.equal(parameter, resumed.trained[name]), name
     with pytest.raises(ValueError, match="begun with"):
         _healing(folders, steps=7).load(tmp_path / "state.pt")
+    next(folders["photos"].iterdir()).unlink()
+    with pytest.raises(ValueError, match="other photos"):
+        _healing(folders).load(tmp_path / "state.pt")
 
 
 def test_bfloat16_learns_about_the_same(folders: dict[str, Path]) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import math
 import sys
 import time
@@ -156,10 +157,12 @@ class Healing:
         config = artefact.config
         preprocessing = config.preprocessing
         kept = preprocessing.with_image_size(SIDE)
-        shrunk = [np.asarray(shrink(open_photo(path, kept.resize_side), kept)) for path in photo_paths(photos)]
+        paths = photo_paths(photos)
+        shrunk = [np.asarray(shrink(open_photo(path, kept.resize_side), kept)) for path in paths]
         self.photos = Crops(shrunk, PHOTO_CROPS, PHOTO_STEPS, options.seed, preprocessing)
         self.tiles = Crops(tiles.pictures, TILE_CROPS, TILE_STEPS, options.seed + 1, preprocessing)
         self.labels, self.options, self.done = tiles.labels, options, 0
+        self._data = _digest([path.name for path in paths], tiles, artefact)
         sizes = {size for size, _ in PHOTO_STEPS + TILE_STEPS}
         stored = lambda name: torch.from_numpy(artefact.tensors.read(name, np.float32))  # noqa: E731
         with open_source(source) as opened:
@@ -226,22 +229,33 @@ class Healing:
             "optimizer": self.optimizer.state_dict(),
             "step": self.done,
             "options": dataclasses.asdict(self.options),
+            "data": self._data,
         }
         with replacing(path) as file:
             torch.save(state, file)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Go on from there. Raises ValueError where it was begun with other options: rates would jump."""
+        """Go on from there. Raises ValueError where it was begun with other options, when rates would jump, or with
+        other pictures or weights."""
         state = torch.load(path, weights_only=True)
         begun, wanted = state["options"], dataclasses.asdict(self.options)
         if begun != wanted:
             raise ValueError(f"{path} was begun with {begun}, not {wanted}: delete it, or keep to those")
+        if state["data"] != self._data:
+            raise ValueError(f"{path} was begun with other photos, tiles or weights: delete it, or keep to those")
         for name, parameter in self.trained.items():
             parameter.copy_(state["trained"][name])
         self.classifier.load_state_dict(state["classifier"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.done = state["step"]
+
+
+def _digest(photos: Sequence[str], tiles: Tiles, artefact: Artefact) -> str:
+    """Of names, not of every pixel: what tells two runs apart."""
+    first = artefact.tensors.read(f"{_factored(artefact)[0]}.left")
+    parts = [*photos, *tiles.names, str(len(tiles.labels))]
+    return hashlib.sha256("\n".join(parts).encode() + first.tobytes()).hexdigest()
 
 
 def _factored(artefact: Artefact) -> list[str]:
