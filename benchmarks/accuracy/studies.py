@@ -75,15 +75,16 @@ EMBEDDED_RECIPES: dict[str, Variant] = {
 def recipes(datasets: list[str], repeats: int) -> Iterator[Job]:
     """Learning rates and what else a step does, on folds of every data set's training and validation photos."""
     for fold in range(repeats):
-        for label, variant in RECIPES.items():
+        for label, variant in (RECIPES | EMBEDDED_RECIPES).items():
             for source in RECIPE_SETS:
                 if not datasets or source.name in datasets:
                     split = partial(folds, source.name, number=fold)
-                    yield (_converted_job if variant.method == "wasi" else _job)(source, label, variant, fold, split)
-        for label, variant in EMBEDDED_RECIPES.items():
-            for source in RECIPE_SETS:
-                if not datasets or source.name in datasets:
-                    yield _job(source, label, variant, fold, partial(folds, source.name, number=fold), "default")
+                    if label in EMBEDDED_RECIPES:
+                        yield _job(source, label, variant, fold, split, "default")
+                    else:
+                        yield (_converted_job if variant.method == "wasi" else _job)(
+                            source, label, variant, fold, split
+                        )
 
 
 CLAIM_SETS = (
@@ -150,8 +151,7 @@ def conversion(datasets: list[str], repeats: int) -> Iterator[Job]:
     """
     subject, source = _subject(DENSE_MODEL, 168), Source("clothing", 168)
     for split in range(repeats):
-        work = partial(_head_test, source.name, DENSE_MODEL, None, 200, 200, split)
-        yield Job(source.name, "dense", split, work, settings_of(HEAD, subject))
+        yield Job(source.name, "dense", split, partial(_dense_heads, source, split), settings_of(HEAD, subject))
         for epsilon in (0.8, 0.6):
             for calibration in CONVERTED_BY:
                 settings = settings_of(WASI, subject, epsilon=epsilon, calibration=calibration)
@@ -159,26 +159,34 @@ def conversion(datasets: list[str], repeats: int) -> Iterator[Job]:
                 yield Job(source.name, f"{epsilon}, calibrated on {calibration}", split, run, settings)
 
 
+def _dense_heads(source: Source, split: int) -> dict[str, Any]:
+    photos = source.photos()
+    return _heads(_features(source.name, DENSE_MODEL, None), photos, _conversion_split(photos, split))
+
+
 def _conversion(source: Source, calibration: str, epsilon: float, split: int) -> dict[str, Any]:
     photos = source.photos()
-    order = np.random.default_rng(split).permutation(len(photos))
-    parts = Split(train=order[:200], val=order[400:], test=order[200:400])
+    parts = _conversion_split(photos, split)
     paths: list[Path] = []
     if calibration == "its photos":
         paths = [ROOT / source.name / photos.names[i] for i in parts.train]
     elif calibration == "photos-1k":
         paths = all_photos(ROOT / "photos-1k")
     with converted_by_command(DENSE_MODEL, paths, epsilon, source.size, "512MB") as (subject, measured):
-        features = photo_features(subject, photos)
-        unseen = np.concatenate([parts.test, parts.val])
-        tuned = learn(subject, photos, parts, WASI, split)
-    return {
-        "test": head_accuracy(features, photos, parts.train, parts.test),
-        "all unseen": head_accuracy(features, photos, parts.train, unseen),
-        "tuned": tuned["best"]["test"],
-        "tuned_val": tuned["best"]["val"],
-        **measured,
-    }
+        heads = _heads(photo_features(subject, photos), photos, parts)
+        tuned = learn(subject, photos, parts, WASI, split)["best"]
+    return {**heads, "tuned": tuned["test"], "tuned_val": tuned["val"], **measured}
+
+
+def _conversion_split(photos: Photos, split: int) -> Split:
+    order = np.random.default_rng(split).permutation(len(photos))
+    return Split(train=order[:200], val=order[400:], test=order[200:400])
+
+
+def _heads(features: torch.Tensor, photos: Photos, parts: Split) -> dict[str, float]:
+    unseen = np.concatenate([parts.test, parts.val])
+    tested = {"test": parts.test, "all unseen": unseen}
+    return {name: head_accuracy(features, photos, parts.train, part) for name, part in tested.items()}
 
 
 @lru_cache(maxsize=1)
