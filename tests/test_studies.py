@@ -185,7 +185,6 @@ def test_a_result_is_kept_at_once_and_not_measured_again(tmp_path: Path) -> None
 ANSWERS = """
 import os
 from benchmarks.accuracy.processes import answer
-from benchmarks.accuracy.processes import run_beside
 from benchmarks.accuracy.study import Job
 
 def work(label):
@@ -225,7 +224,6 @@ PLACED = """
 import sys
 from benchmarks.accuracy.accelerator import compute_on
 from benchmarks.accuracy.processes import answer
-from benchmarks.accuracy.processes import run_beside
 from benchmarks.accuracy.study import Job
 from test_studies import learned
 
