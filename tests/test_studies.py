@@ -206,6 +206,8 @@ def test_processes_share_the_jobs_and_keep_what_is_done_where_one_fails(tmp_path
     assert os.getpid() not in {store.of("set", label)[0]["process"] for label in "1234"}
     with pytest.raises(RuntimeError, match="failed"):
         run("12506", 1)
+    with pytest.raises(RuntimeError, match="failed"):
+        run_beside(store, [Job("set", "6", 0, dict)], [sys.executable, "-c", ""], 1, lambda text: None)
     again = Store("study", {}, tmp_path)
     assert again.runs.keys() == {f"set | {label} | 0" for label in "12345"}
 

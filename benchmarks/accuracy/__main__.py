@@ -12,9 +12,9 @@ from statistics import fmean as _mean
 
 from benchmarks.accuracy.accelerator import compute_on, name_of
 from benchmarks.accuracy.datasets import write_fixed_split
-from benchmarks.accuracy.processes import add_options, one_thread_each, work_through
+from benchmarks.accuracy.processes import answer, parsed, work_through
 from benchmarks.accuracy.studies import RECIPE_SETS, REPEATS, STUDIES
-from benchmarks.accuracy.study import Job, Store, paired_difference, this_machine
+from benchmarks.accuracy.study import Store, paired_difference, this_machine
 
 
 def main() -> None:
@@ -22,11 +22,10 @@ def main() -> None:
     parser.add_argument("study", choices=[*STUDIES, "splits"])
     parser.add_argument("--data", default="", help="comma-separated; all of the study's if not given")
     parser.add_argument("--repeats", type=int, help="splits or folds; as many as docs/results.md has if not given")
-    add_options(parser)
     parser.add_argument("--device", help="compute there, 'cuda' say, and not on the CPU (see accelerator.py)")
     parser.add_argument("--seed", type=int, default=0, help="of `splits`")
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
-    given = parser.parse_args()
+    given = parsed(parser)
     say = partial(print, flush=True)
     datasets = [name for name in given.data.split(",") if name]
     if given.study == "splits":
@@ -34,18 +33,19 @@ def main() -> None:
             if not datasets or source.name in datasets:
                 write_fixed_split(source.name, source.photos(), given.seed)
         return
-    prepare = partial(compute_on, given.device) if given.device else one_thread_each(given)
+    if given.answer and given.device:
+        compute_on(given.device)
+    jobs = list(STUDIES[given.study](datasets, given.repeats or REPEATS[given.study]))
+    if given.answer:
+        answer(jobs)
+        return
     try:
         store = Store(given.study, this_machine(name_of(given.device) if given.device and not given.table else None))
     except RuntimeError as error:
         parser.error(str(error))
-
-    def jobs() -> list[Job]:
-        return list(STUDIES[given.study](datasets, given.repeats or REPEATS[given.study]))
-
     if not given.table:
-        work_through(store, jobs, given, prepare, say)
-    _print_table(store, list(dict.fromkeys((job.group, job.label) for job in jobs())))
+        work_through(store, jobs, given.processes, say, apart=given.processes > 1 or given.device is not None)
+    _print_table(store, list(dict.fromkeys((job.group, job.label) for job in jobs)))
 
 
 def _print_table(store: Store, rows: list[tuple[str, str]]) -> None:

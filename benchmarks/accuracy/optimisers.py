@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.accuracy.datasets import folds
 from benchmarks.accuracy.learn import Variant, learn, settings_of
-from benchmarks.accuracy.processes import add_options, one_thread_each, work_through
+from benchmarks.accuracy.processes import answer, parsed, work_through
 from benchmarks.accuracy.rules import RULES, learning_by, state_bytes
 from benchmarks.accuracy.studies import WASI, Source
 from benchmarks.accuracy.study import Job, Store, this_machine, write_table
@@ -42,13 +42,15 @@ RATES = {
 def main() -> None:
     """Learn what is missing, time, print, write down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_options(parser)
     parser.add_argument("--rounds", type=int, default=10, help="of the timing")
     parser.add_argument("--fold", type=int, default=0)
-    given = parser.parse_args()
-    prepare = one_thread_each(given)
+    given = parsed(parser)
+    todo = list(jobs(given.fold))
+    if given.answer:
+        answer(todo)
+        return
     store = Store("optimisers", this_machine())
-    work_through(store, partial(jobs, given.fold), given, prepare, partial(print, flush=True))
+    work_through(store, todo, given.processes, partial(print, flush=True), apart=given.processes > 1)
     ratios = _step_ratios(given.rounds)
     rows = [_row(store, rule, rate, ratios[rule], given.fold) for rule, rates in RATES.items() for rate in rates]
     write_table("optimisers", rows)

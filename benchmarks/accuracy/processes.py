@@ -14,45 +14,29 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import torch
 
 from benchmarks.accuracy.study import Job, Store
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `work_through` reads."""
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with `processes` and `answer`. Several processes have one thread each, and this one too, whose
+    threads results name."""
     parser.add_argument("--processes", type=int, default=1, help="runs beside each other, one thread each")
     parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.processes > 1:
+        torch.set_num_threads(1)
+    return given
 
 
-def one_thread_each(given: argparse.Namespace) -> Callable[[], None] | None:
-    """What several processes prepare; this one too, as results name its threads. None where there is only this one."""
-    if given.processes == 1:
-        return None
-    torch.set_num_threads(1)
-    return partial(torch.set_num_threads, 1)
-
-
-def work_through(
-    store: Store,
-    jobs: Callable[[], Iterable[Job]],
-    given: argparse.Namespace,
-    prepare: Callable[[], None] | None,
-    say: Callable[[str], None],
-) -> None:
-    """Do what `store` lacks of the jobs, here or, where there is something to `prepare`, in processes that do that
-    before their first tensor. Such a process ends in here."""
-    if given.answer:
-        if prepare is not None:
-            prepare()
-        answer(jobs())
-        sys.exit()
-    if prepare is None:
-        store.run(jobs(), say)
+def work_through(store: Store, jobs: Iterable[Job], processes: int, say: Callable[[str], None], apart: bool) -> None:
+    """Do what `store` lacks of the jobs, here, or `apart` in so many processes of this command, which `answer`."""
+    if apart:
+        run_beside(store, jobs, [*sys.orig_argv, "--answer"], processes, say)
     else:
-        run_beside(store, jobs(), [*sys.orig_argv, "--answer"], given.processes, say)
+        store.run(jobs, say)
 
 
 def run_beside(
@@ -63,24 +47,24 @@ def run_beside(
     Raises RuntimeError where a process failed; what others had finished by then is kept.
     """
     missing, writing = store.missing(jobs), threading.Lock()
-    todo, processes = iter(missing), min(processes, len(missing))
+    todo = iter(missing)
 
     def attend() -> None:
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
-            assert worker.stdin is not None and worker.stdout is not None
-            for job in todo:
-                try:
+        try:
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+                assert worker.stdin is not None and worker.stdout is not None
+                for job in todo:
                     print(job.key, file=worker.stdin, flush=True)
                     told = worker.stdout.readline()
-                except BrokenPipeError:
-                    told = ""
-                if not told:
-                    raise RuntimeError("a process of the study failed; its traceback stands above")
-                with writing:
-                    store.keep(job, json.loads(told), say)
+                    if not told:
+                        raise BrokenPipeError
+                    with writing:
+                        store.keep(job, json.loads(told), say)
+        except BrokenPipeError:
+            raise RuntimeError("a process of the study failed; its traceback stands above") from None
 
-    with ThreadPoolExecutor(processes or 1) as pool:
-        attended = [pool.submit(attend) for _ in range(processes)]
+    with ThreadPoolExecutor(processes) as pool:
+        attended = [pool.submit(attend) for _ in missing[:processes]]
     for worker in attended:
         worker.result()
 

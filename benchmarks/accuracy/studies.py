@@ -6,6 +6,7 @@ measured on random splits, the same for every method (`against_vanilla`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -74,17 +75,17 @@ EMBEDDED_RECIPES: dict[str, Variant] = {
 
 def recipes(datasets: list[str], repeats: int) -> Iterator[Job]:
     """Learning rates and what else a step does, on folds of every data set's training and validation photos."""
-    for fold in range(repeats):
-        for label, variant in (RECIPES | EMBEDDED_RECIPES).items():
-            for source in RECIPE_SETS:
-                if not datasets or source.name in datasets:
-                    split = partial(folds, source.name, number=fold)
-                    if label in EMBEDDED_RECIPES:
-                        yield _job(source, label, variant, fold, split, "default")
-                    else:
-                        yield (_converted_job if variant.method == "wasi" else _job)(
-                            source, label, variant, fold, split
-                        )
+    every = RECIPES | EMBEDDED_RECIPES
+    for fold, (label, variant), source in itertools.product(range(repeats), every.items(), RECIPE_SETS):
+        if datasets and source.name not in datasets:
+            continue
+        split = partial(folds, source.name, number=fold)
+        if label in EMBEDDED_RECIPES:
+            yield _job(source, label, variant, fold, split, "default")
+        elif variant.method == "wasi":
+            yield _converted_job(source, label, variant, fold, split)
+        else:
+            yield _job(source, label, variant, fold, split)
 
 
 CLAIM_SETS = (
