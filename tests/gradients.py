@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import torch
 from models import dense_reader
+from reference import relative_difference
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wasi_edge.layers.linear import WasiLinear
 from wasi_edge.layers.saving import Pass
 from wasi_edge.models.network import artefact_name, resampled
 from wasi_edge.models.vanilla import build_vanilla
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def engine_gradients(model, pixels, dfeatures, keep, gradient_rank=10_000):
@@ -56,7 +53,7 @@ def assert_autograd_agrees(geometry, tensors, model, image_size, pixels, dfeatur
     """Features and every gradient of `model`, its basis complete, are those of autograd."""
     features, actual = engine_gradients(model, pixels, dfeatures, keep)
     expected_features, expected = autograd_gradients(geometry, tensors, image_size, pixels, dfeatures)
-    assert relative_error(features, expected_features) < 1e-12
+    assert relative_difference(features, expected_features) < 1e-12
     assert set(actual) == set(expected)
     for name, gradient in expected.items():
-        assert relative_error(actual[name], gradient) < 1e-10, name
+        assert relative_difference(actual[name], gradient) < 1e-10, name

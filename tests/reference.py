@@ -5,7 +5,7 @@ They follow arXiv 2510.09160 as printed and use as much memory as they like. Not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -35,7 +35,13 @@ def plain_qr(matrix: Tensor) -> Tensor:
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
     difference = torch.linalg.vector_norm(actual.double() - expected.double())
-    return float(difference / torch.linalg.vector_norm(expected.double()))
+    return float(difference / torch.linalg.vector_norm(expected.double()).clamp_min(1e-300))
+
+
+def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
+    """Autograd's gradients of `function(*inputs)`."""
+    leaves = [value.detach().clone().requires_grad_() for value in inputs]
+    return torch.autograd.grad(function(*leaves), leaves, dy)
 
 
 def subspace_difference(first: Tensor, second: Tensor) -> float:

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 import torch
 from models import random_tensors
-from reference import one_thread  # noqa: F401
+from reference import one_thread, relative_difference  # noqa: F401
 from torch import Tensor
 
 from wasi_edge.artefact import ModelConfig, open_artefact, write_artefact
@@ -141,10 +141,6 @@ def stored(folder: Path) -> dict[str, np.ndarray]:
         return {name: artefact.tensors.read(name) for name in artefact.tensors}
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
-
-
 def kept_share(weight: np.ndarray, rank: int) -> float:
     squares = np.linalg.svd(weight.astype(np.float64), compute_uv=False) ** 2
     return float(squares[:rank].sum() / squares.sum())
@@ -184,7 +180,7 @@ def test_some_linears_stay_dense_and_always_factor_puts_them_just_below_break_ev
 def test_epsilon_1_keeps_every_linear_dense_and_every_output(source, tmp_path, calibration):
     config = convert(source, tmp_path / "out", Settings(epsilon=1.0, image_size=SIZE), calibration)
     assert set(config.linears.values()) == {None}
-    assert relative_error(features(tmp_path / "out"), dense_features(source)) < 1e-5
+    assert relative_difference(features(tmp_path / "out"), dense_features(source)) < 1e-5
     for name, value in stored(tmp_path / "out").items():
         np.testing.assert_array_equal(value, source.read(name), err_msg=name)
 
@@ -203,7 +199,7 @@ def test_calibration_keeps_the_outputs_better_than_plain_svd_with_as_many_parame
         n for n, rank in aware.linears.items() if rank is None
     ]
     expected = dense_features(source)
-    plain_error, aware_error = (relative_error(features(tmp_path / name), expected) for name in ("plain", "aware"))
+    plain_error, aware_error = (relative_difference(features(tmp_path / name), expected) for name in ("plain", "aware"))
     assert 0 < aware_error < 0.6 * plain_error
 
 
@@ -237,7 +233,7 @@ def test_the_parts_of_a_block_make_the_block(source):
     tokens = dense.stem.forward(pixels(source.preprocessing), Pass(), learns=False)[0].half()
     stages = _Stages(dense.blocks[0], tokens, Pass())
     expected = dense.blocks[0].forward(tokens.float(), Pass(), None)[0]
-    assert relative_error(stages.output(stages.middle()), expected) < 1e-6
+    assert relative_difference(stages.output(stages.middle()), expected) < 1e-6
 
 
 def test_spectra_are_those_of_the_dense_walk_and_leave_the_photos_tokens_to_start_again_with(source):
@@ -269,7 +265,7 @@ def test_float16_stores_what_float32_rounds_to(source, tmp_path):
     for name, value in narrow.items():
         assert value.dtype == np.float16
         np.testing.assert_array_equal(value, wide[name].astype(np.float16), err_msg=name)
-    assert relative_error(features(tmp_path / "float16"), features(tmp_path / "float32")) < 5e-3
+    assert relative_difference(features(tmp_path / "float16"), features(tmp_path / "float32")) < 5e-3
 
 
 def test_same_source_and_photos_give_the_same_bytes(source, tmp_path):
@@ -306,7 +302,7 @@ def test_converting_at_its_own_epsilon_keeps_ranks_and_outputs(source, tmp_path,
     with open_source(tmp_path / "first") as first:
         again = convert(first, tmp_path / "second", Settings(epsilon=0.8, image_size=SIZE))
     assert again.linears == config.linears
-    assert relative_error(features(tmp_path / "second"), features(tmp_path / "first")) < 1e-5
+    assert relative_difference(features(tmp_path / "second"), features(tmp_path / "first")) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------- memory and failure
@@ -420,8 +416,8 @@ def test_the_real_vit_s14_gives_the_same_features_explicitly_and_under_torch(sha
             batch, Pass()
         )
     assert vanilla.shape == (2, 768)
-    assert relative_error(vanilla[0], vanilla[1]) > 0.1  # two photos, not one
-    assert relative_error(explicit, vanilla) < 1e-4
+    assert relative_difference(vanilla[0], vanilla[1]) > 0.1  # two photos, not one
+    assert relative_difference(explicit, vanilla) < 1e-4
 
 
 def cubic_weights(size: int, grid: int) -> np.ndarray:
@@ -484,5 +480,5 @@ def test_a_network_whose_head_reads_few_tokens_is_calibrated_on_all_of_them(tmp_
         expected = dense_features(dense)
         convert(dense, tmp_path / "plain", settings)
         convert(dense, tmp_path / "aware", settings, CALIBRATION)
-    plain_error, aware_error = (relative_error(features(tmp_path / name), expected) for name in ("plain", "aware"))
+    plain_error, aware_error = (relative_difference(features(tmp_path / name), expected) for name in ("plain", "aware"))
     assert 0 < aware_error < 0.9 * plain_error

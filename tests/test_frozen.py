@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gradients import engine_gradients, relative_error
+from gradients import engine_gradients
 from models import TINY, random_tensors, random_vit
-from reference import one_thread  # noqa: F401
+from reference import one_thread, relative_difference  # noqa: F401
 from test_finetune import command, kill_when, render, report_of, run, tensors
 from tiny_artefact import write_tiny
 
@@ -42,7 +42,7 @@ def test_a_network_in_two_parts_computes_what_the_whole_does():
     expected = whole.logits(pixels, Pass())
     tokens = first.last_tokens(pixels, Pass())
     assert tokens.shape == (3, TINY.tokens(16), TINY.width)
-    assert relative_error(last.logits(tokens, Pass()), expected) < 1e-14
+    assert relative_difference(last.logits(tokens, Pass()), expected) < 1e-14
     assert {**first.parameters(), **last.parameters()}.keys() == whole.parameters().keys()
     assert "position" not in last.parameters() and "head.weight" not in first.parameters()
 
@@ -67,8 +67,8 @@ def test_gradients_of_the_blocks_that_learn_are_those_of_full_training():
         assert not any(name.startswith("blocks.0") for name in found)
         for name, linear in model.linears(1).items():
             actual = found[f"{name}.projected"] @ linear.basis.t()
-            assert relative_error(actual, expected[f"{name}.weight"]) < 1e-10, name
-        assert relative_error(found["norm.weight"], expected["norm.weight"]) < 1e-10
+            assert relative_difference(actual, expected[f"{name}.weight"]) < 1e-10, name
+        assert relative_difference(found["norm.weight"], expected["norm.weight"]) < 1e-10
 
 
 def test_frozen_parameters_stay_and_are_no_part_of_the_state():
@@ -142,8 +142,8 @@ def test_every_photo_passes_the_frozen_blocks_once_a_view_and_an_unfinished_cach
     assert progress[-1] == 5 * 3 + 3
     for epoch, view in ((1, 1), (2, 2), (3, 1), (4, 2)):
         expected = first.last_tokens(Photos(5).augmented([4, 1], 7, view), Pass())
-        assert relative_error(cached.augmented([4, 1], 7, epoch), expected) < 1e-3
-    assert relative_error(cached_held_out.inputs([2]), first.last_tokens(Photos(3).inputs([2]), Pass())) < 1e-3
+        assert relative_difference(cached.augmented([4, 1], 7, epoch), expected) < 1e-3
+    assert relative_difference(cached_held_out.inputs([2]), first.last_tokens(Photos(3).inputs([2]), Pass())) < 1e-3
     fill(again := Photos(5), Photos(3), progress.append)
     assert again.seen == []  # complete: taken as it is
     fill(other := Photos(5), Photos(3), progress.append, "of other photos")

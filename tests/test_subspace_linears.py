@@ -1,4 +1,4 @@
-"""The linears of `wsi` and `asi` against autograd and against dense twins; those of `wasi` are in test_layers.py."""
+"""The linears of `wsi` and `asi` against autograd and against dense twins; those of `wasi` are in test_linears.py."""
 
 from __future__ import annotations
 
