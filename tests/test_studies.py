@@ -290,6 +290,8 @@ def test_time_to_accuracy_follows_the_model_that_validation_chooses() -> None:
     both = time_to_accuracy.curve([chosen, steady])
     assert both == pytest.approx([0.7, 0.7, 0.75, 0.8])
     assert [time_to_accuracy.first_reaching(both, target) for target in (0.7, 0.74, 0.8, 0.81)] == [0, 2, 3, None]
+    assert time_to_accuracy.all_tested([chosen, steady]) and not time_to_accuracy.all_tested([])
     del chosen[2]["test"]
-    with pytest.raises(ValueError, match="run them again"):
+    assert not time_to_accuracy.all_tested([steady, chosen])
+    with pytest.raises(ValueError, match="after every epoch"):
         time_to_accuracy.curve([chosen])
