@@ -13,8 +13,9 @@ from photos import save_jpeg, scene
 from PIL import Image
 from tiny_artefact import write_tiny
 
+from benchmarks.accuracy.datasets import all_photos
 from benchmarks.default_model import heal, overlap, pictures
-from benchmarks.default_model.pictures import all_photos, all_tiles, photo_paths, read_tiles
+from benchmarks.default_model.pictures import all_tiles, photo_paths, read_tiles
 from benchmarks.mosaics import TILE
 from wasi_edge.artefact import open_artefact
 

@@ -82,9 +82,13 @@ def load_photos(name: str, preprocessing: Preprocessing, per_class: int | None =
     return Photos(shrunk, names, torch.tensor(labels), classes, preprocessing)
 
 
+def all_photos(folder: Path) -> list[Path]:
+    """Photos of a folder and the folders in it, by path."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+
+
 def _folder_photos(folder: Path) -> Iterator[tuple[str, str, Path]]:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    for path in paths:
+    for path in all_photos(folder):
         yield path.parent.name, path.relative_to(folder).as_posix(), path
 
 

@@ -17,10 +17,9 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy.converted import converted, converted_by_command
-from benchmarks.accuracy.datasets import ROOT, Photos, Split, folds, load_photos, random_split
+from benchmarks.accuracy.datasets import ROOT, Photos, Split, all_photos, folds, load_photos, random_split
 from benchmarks.accuracy.learn import Variant, head_accuracy, learn, photo_features, settings_of
 from benchmarks.accuracy.study import Job
-from benchmarks.default_model.pictures import all_photos
 from wasi_edge.bench.subject import Subject, find_subject
 
 EPSILON, CALIBRATION = 0.8, 400

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.accuracy.datasets import load_photos
-from benchmarks.default_model.pictures import OVERLAP, all_photos, all_tiles
+from benchmarks.accuracy.datasets import all_photos, load_photos
+from benchmarks.default_model.pictures import OVERLAP, all_tiles
 from benchmarks.mosaics import TILE
 from wasi_edge.preprocessing import Preprocessing
 

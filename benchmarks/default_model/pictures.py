@@ -12,21 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.accuracy.datasets import all_photos
 from benchmarks.mosaics import tiles_of
 
 OVERLAP = Path(__file__).parent / "overlap.json"
-_PHOTOS = (".jpg", ".jpeg", ".png")
 
 
 def photo_paths(folder: Path) -> list[Path]:
-    """Photos of a flat folder, by name, that are not evaluation photos."""
+    """Photos of a folder, by path, that are not evaluation photos."""
     seen = _evaluation_pictures()
     return [path for path in all_photos(folder) if path.name not in seen]
-
-
-def all_photos(folder: Path) -> list[Path]:
-    """Photos of a flat folder, by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _PHOTOS)
 
 
 @dataclass(frozen=True)
