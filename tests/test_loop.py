@@ -58,7 +58,7 @@ class Silent:
         return lambda *_: None
 
 
-def go(trainer: CountingTrainer, progress: Progress, stop_at: int | None = None, epochs: int = 50) -> str:
+def go(trainer: CountingTrainer, progress: Progress, stop_at: int | None = None, epochs: int = 10) -> str:
     hooks = Hooks(
         elapsed=lambda: 0.0,
         stop_wanted=lambda: stop_at is not None and progress.step >= stop_at,
@@ -79,16 +79,22 @@ def started() -> Progress:
 def test_a_run_stopped_where_patience_ends_does_not_train_on_when_it_is_resumed():
     straight = CountingTrainer()
     assert go(straight, started()) == "early_stopped"
-    assert straight.steps == 2 * 3
+    assert straight.steps == (5 + 2) * 3  # the first half, in which the rate is high, and then the patience
     progress, first = started(), CountingTrainer()
-    assert go(first, progress, stop_at=6) == "interrupted" and first.steps == 6
+    assert go(first, progress, stop_at=21) == "interrupted" and first.steps == 21
     second = CountingTrainer()
     assert go(second, Progress.from_dict(progress.to_dict())) == "early_stopped" and second.steps == 0
 
 
 def test_all_epochs_are_run_where_patience_does_not_end_them():
     progress, trainer = started(), CountingTrainer()
-    assert go(trainer, progress, epochs=2) == "completed" and trainer.steps == 6
+    assert go(trainer, progress, epochs=3) == "completed" and trainer.steps == 9
+
+
+def test_patience_counts_from_the_best_where_that_is_in_the_second_half():
+    progress, trainer = started(), CountingTrainer()
+    progress.best_epoch = 7
+    assert go(trainer, progress) == "early_stopped" and trainer.steps == (7 + 2) * 3
 
 
 def test_photos_are_counted_as_they_are_trained_on_with_a_smaller_last_batch():

@@ -64,9 +64,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long and in what portions. `warm_up`: share of the steps in which the rate rises; `patience`: epochs without
-    a better validation before stopping early; `closing_photos`: photos that are looked at once more when training is
-    over."""
+    """How long and in what portions. `warm_up`: share of the steps in which the rate rises; `patience`: epochs of
+    the second half without a better validation before stopping early; `closing_photos`: photos that are looked at once
+    more when training is over."""
 
     epochs: int
     batch: int
@@ -147,7 +147,7 @@ def train(
     while progress.epoch <= settings.epochs:
         epoch = progress.epoch
         # asked for before an epoch begins, so that a run resumed just here stops where it would have stopped
-        if len(held_out) and progress.epoch_step == 0 and epoch - 1 - progress.best_epoch >= settings.patience:
+        if len(held_out) and progress.epoch_step == 0 and _lost_patience(settings, progress):
             return "early_stopped"
         order = epoch_order(len(photos), settings.seed, epoch)
         events.stage(f"epoch {epoch} of {settings.epochs}", len(photos))
@@ -177,6 +177,13 @@ def train(
         if _out_of_time(settings, hooks, progress, len(photos), len(held_out)):
             return "time_limit"
     return "completed"
+
+
+def _lost_patience(settings: LoopSettings, progress: Progress) -> bool:
+    """Whether the last `patience` epochs of the second half brought nothing better. While the rate is high models are
+    worse than they will be when it has fallen: the first half says nothing."""
+    waited = progress.epoch - 1 - max(progress.best_epoch, math.ceil(settings.epochs / 2))
+    return waited >= settings.patience
 
 
 def schedule(step: int, total_steps: int, warm_up: float) -> float:
