@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from models import TINY, random_vit
+from models import TINY, dense_reader, random_tensors, random_vit
 
+from wasi_edge.chunks import TURNS
 from wasi_edge.errors import WasiEdgeError
 from wasi_edge.keep import ALL_KEEPS, EXACT
+from wasi_edge.models.vanilla import build_vanilla
 from wasi_edge.training.adam import Adam
 from wasi_edge.training.checkpoint import latest_checkpoint, save_checkpoint
 from wasi_edge.training.factor_update import FactorUpdate, polar_factor
-from wasi_edge.training.head import FeatureStatistics, fit_head, merge_statistics
+from wasi_edge.training.head import FeatureStatistics, Head, fit_head, merge_statistics
 from wasi_edge.training.loop import schedule
 from wasi_edge.training.loss import cross_entropy
 from wasi_edge.training.trainer import Recipe, SubspaceTrainer
+from wasi_edge.training.vanilla_trainer import VanillaTrainer
 
 RECIPE = Recipe(1e-3, 1e-3, 1e-3, 0.01, 1.0, 0.1)
 
@@ -168,6 +172,47 @@ def test_rebuilt_gram_matrices_train_like_carried_ones_and_are_not_held():
         expected = here["left"] @ here["right"]
         error = (there["left"] @ there["right"] - expected).norm() / expected.norm()
         assert float(error) < 1e-3, name  # float32 rounding, amplified by Adam on near-zero gradients elsewhere
+
+
+def subspace_by(recipe):
+    return SubspaceTrainer(random_vit(dtype=torch.float32), recipe, [EXACT] * TINY.depth, 4, 0)
+
+
+def vanilla_by(recipe):
+    _, tensors = random_tensors(TINY, dtype=torch.float32)
+    trainer = VanillaTrainer(build_vanilla(TINY, dense_reader(tensors), 16, 3), recipe)
+    trainer.set_head(Head(tensors["head.weight"], tensors["head.bias"]))
+    return trainer
+
+
+def by_share(share, stem_rate=1.0):
+    """All rates of RECIPE at a share."""
+    rates = {rate: share * getattr(RECIPE, rate) for rate in ("learning_rate", "dense_rate", "head_rate")}
+    return replace(RECIPE, stem_rate=stem_rate, **rates)
+
+
+def place_of(name):
+    """0 before the blocks, the number of one of them from 1, or the next after them."""
+    if name.startswith(("norm.", "head.")):
+        return TINY.depth + 1
+    return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
+
+
+@pytest.mark.parametrize("build", [subspace_by, vanilla_by])
+def test_a_block_learns_as_if_all_did_at_its_share(build):
+    shares = [1 / 16, 1 / 4, 1.0, 1.0]  # before two blocks, of each, after them
+    moved = set()
+    for step in range(1, TURNS + 1):  # as the first: linears take turns
+        decayed, start = build(by_share(1.0, 1 / 16)), build(RECIPE).parameters()
+        one_step(decayed, step)
+        for place, share in enumerate(shares):
+            alike = build(by_share(share))
+            one_step(alike, step)
+            for name, value in decayed.parameters().items():
+                if place_of(name) == place:
+                    assert torch.equal(value, alike.parameters()[name]), name
+                    moved |= set() if torch.equal(value, start[name]) else {name}
+    assert moved == set(start)
 
 
 @pytest.mark.parametrize("carry_grams", [True, False])

@@ -34,6 +34,8 @@ from wasi_edge.training.photos import PhotoSet
 from wasi_edge.training.trainer import Recipe, Trainer
 
 _AT_ONCE = 32
+# how all blocks learnt before their rates differed: what earlier studies were made with
+ONE_RATE: dict[str, Any] = {"learning_rate": 6e-5, "stem_rate": 1.0}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Variant:
     learning_rate: float | None = None
     dense_rate: float | None = None
     head_rate: float | None = None
+    stem_rate: float | None = None
     warm_up: float | None = None
     epochs: int = 6
     label_smoothing: float = defaults.LABEL_SMOOTHING
@@ -65,7 +68,9 @@ class Variant:
         rate = defaults.learning_rate(self.method) if self.learning_rate is None else self.learning_rate
         dense = defaults.DENSE_RATE[self.method] if self.dense_rate is None else self.dense_rate
         head = defaults.HEAD_RATE[self.method] if self.head_rate is None else self.head_rate
-        return Recipe(rate, dense * rate, head * rate, self.weight_decay, defaults.CLIP_NORM, self.label_smoothing)
+        stem = defaults.STEM_RATE[self.method] if self.stem_rate is None else self.stem_rate
+        decay, clip, smoothing = self.weight_decay, defaults.CLIP_NORM, self.label_smoothing
+        return Recipe(rate, dense * rate, head * rate, decay, clip, smoothing, stem)
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,12 @@ from wasi_edge.training.trainer import SubspaceTrainer
 
 SETS = (Source("clothing", 112), Source("flowers", 84), Source("cifar10", 84, 100, 1000))
 RATES = {
-    "polar factor of momentum": (3e-5, 6e-5, 1.2e-4),
-    "normalised momentum": (6e-5, 1.2e-4, 2.4e-4),
+    "polar factor of momentum": (6e-5, 1.2e-4, 2.4e-4),
+    "normalised momentum": (1.2e-4, 2.4e-4, 4.8e-4),
     "sgd": (1e-3, 1e-2, 1e-1),
     "momentum": (1e-3, 1e-2, 1e-1),
-    "adam on p": (1e-5, 2e-5, 4e-5),
-    "adamw in factors": (2e-5, 5e-5, 1e-4),
+    "adam on p": (2e-5, 4e-5, 8e-5),
+    "adamw in factors": (5e-5, 1e-4, 2e-4),
 }
 
 

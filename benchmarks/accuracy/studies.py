@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.accuracy.converted import converted, converted_by_command
 from benchmarks.accuracy.datasets import ROOT, Photos, Split, all_photos, folds, load_photos, random_split
-from benchmarks.accuracy.learn import Variant, head_accuracy, learn, photo_features, settings_of
+from benchmarks.accuracy.learn import ONE_RATE, Variant, head_accuracy, learn, photo_features, settings_of
 from benchmarks.accuracy.study import Job
 from wasi_edge.bench.subject import Subject, find_subject
 
@@ -26,6 +26,7 @@ EPSILON, CALIBRATION = 0.8, 400
 DENSE_MODEL = str(ROOT.parent / "models" / "vit-s14")
 Divide = Callable[[Photos], Split]
 WASI, VANILLA, HEAD = Variant(), Variant("vanilla", epochs=10), Variant("head")
+EVEN = Variant(**ONE_RATE)
 
 
 @dataclass(frozen=True)
@@ -49,23 +50,24 @@ class Source:
 # of cifar10 photos that `against_vanilla` never sees
 RECIPE_SETS = (Source("cifar10", 84, 200, 1000), Source("clothing", 168), Source("flowers", 112))
 RECIPES: dict[str, Variant] = {
-    "wasi": WASI,
-    "wasi, lr 3e-5": replace(WASI, learning_rate=3e-5),
-    "wasi, lr 1e-4": replace(WASI, learning_rate=1e-4),
-    "wasi, lr 1.6e-4": replace(WASI, learning_rate=1.6e-4),
-    "wasi, lr 1e-4, 10 epochs": replace(WASI, learning_rate=1e-4, epochs=10),
-    "wasi, 10 epochs": replace(WASI, epochs=10),
+    "wasi, one rate": EVEN,
+    "wasi, one rate, 3e-5": replace(EVEN, learning_rate=3e-5),
+    "wasi, one rate, 1e-4": replace(EVEN, learning_rate=1e-4),
+    "wasi, one rate, 1.6e-4": replace(EVEN, learning_rate=1.6e-4),
+    "wasi, one rate, 1e-4, 10 epochs": replace(EVEN, learning_rate=1e-4, epochs=10),
     "vanilla": VANILLA,
     "vanilla, lr 2e-5": replace(VANILLA, learning_rate=2e-5),
     "vanilla, lr 1e-4": replace(VANILLA, learning_rate=1e-4),
+    "vanilla, lr 1e-4, stem 1/32": replace(VANILLA, learning_rate=1e-4, stem_rate=1 / 32),
     "lora, lr 5e-4": Variant("lora", learning_rate=5e-4, epochs=10),
     "lora, lr 1e-3": Variant("lora", learning_rate=1e-3, epochs=10),
     "lora, lr 2e-3": Variant("lora", learning_rate=2e-3, epochs=10),
 }
 EMBEDDED_RECIPES: dict[str, Variant] = {
     "embedded": WASI,
-    "embedded, lr 3e-5": replace(WASI, learning_rate=3e-5),
-    "embedded, lr 1e-4": replace(WASI, learning_rate=1e-4),
+    "embedded, one rate": EVEN,
+    "embedded, lr 6e-5": replace(WASI, learning_rate=6e-5),
+    "embedded, lr 2.4e-4": replace(WASI, learning_rate=2.4e-4),
     "embedded, 10 epochs": replace(WASI, epochs=10),
     "embedded, crops from 0.6": replace(WASI, smallest_crop=0.6),
     "embedded, no smoothing": replace(WASI, label_smoothing=0.0),
@@ -143,7 +145,7 @@ CONVERTED_BY = ("nothing", "photos-1k", "its photos")
 
 
 def conversion(datasets: list[str], repeats: int) -> Iterator[Job]:
-    """The dense network converted by the command, at most 512 MB: its closed-form head, and WASI from there.
+    """The dense network converted by the command, at most 512 MB: its closed-form head, and WASI at `EVEN` from there.
 
     200 photos of `clothing` are calibrated on and trained on, 200 others tested on, as `embedded_heads` has them; the
     rest choose the epoch.
@@ -153,7 +155,7 @@ def conversion(datasets: list[str], repeats: int) -> Iterator[Job]:
         yield Job(source.name, "dense", split, partial(_dense_heads, source, split), settings_of(HEAD, subject))
         for epsilon in (0.8, 0.6):
             for calibration in CONVERTED_BY:
-                settings = settings_of(WASI, subject, epsilon=epsilon, calibration=calibration)
+                settings = settings_of(EVEN, subject, epsilon=epsilon, calibration=calibration)
                 run = partial(_conversion, source, calibration, epsilon, split)
                 yield Job(source.name, f"{epsilon}, calibrated on {calibration}", split, run, settings)
 
@@ -173,7 +175,7 @@ def _conversion(source: Source, calibration: str, epsilon: float, split: int) ->
         paths = all_photos(ROOT / "photos-1k")
     with converted_by_command(DENSE_MODEL, paths, epsilon, source.size, "512MB") as (subject, measured):
         heads = _heads(photo_features(subject, photos), photos, parts)
-        tuned = learn(subject, photos, parts, WASI, split)["best"]
+        tuned = learn(subject, photos, parts, EVEN, split)["best"]
     return {**heads, "tuned": tuned["test"], "tuned_val": tuned["val"], **measured}
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy.datasets import fixed_split, load_photos
-from benchmarks.accuracy.learn import Variant, learn, settings_of
+from benchmarks.accuracy.learn import ONE_RATE, Variant, learn, settings_of
 from benchmarks.accuracy.studies import DENSE_MODEL
 from benchmarks.accuracy.study import Job
 from benchmarks.paper import formulas
@@ -82,7 +82,7 @@ def _run(subject: Subject, epsilon: float, step: str, seed: int) -> dict[str, An
 
 
 def _variant(epsilon: float) -> Variant:
-    return Variant(epsilon=epsilon, epochs=EPOCHS)
+    return Variant(epsilon=epsilon, epochs=EPOCHS, **ONE_RATE)
 
 
 @contextmanager

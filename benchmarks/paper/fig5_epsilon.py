@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.accuracy.converted import converted
 from benchmarks.accuracy.datasets import Photos, load_photos, random_split
-from benchmarks.accuracy.learn import Variant, learn, settings_of
+from benchmarks.accuracy.learn import ONE_RATE, Variant, learn, settings_of
 from benchmarks.accuracy.studies import DENSE_MODEL
 from benchmarks.accuracy.study import Job, Store
 from benchmarks.paper.figures import EPSILONS, open_store, write_plot, write_table
@@ -85,7 +85,8 @@ def _points() -> Iterator[_Point]:
 
 def _variant(point: _Point) -> Variant:
     epsilon = None if point.method is Method.LORA else point.epsilon
-    return Variant(point.method.value, epsilon, epochs=EPOCHS, gradient_rank=point.gradient_rank)
+    rates = {} if point.method in (Method.VANILLA, Method.LORA) else ONE_RATE
+    return Variant(point.method.value, epsilon, epochs=EPOCHS, gradient_rank=point.gradient_rank, **rates)
 
 
 def _settings(point: _Point) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy.datasets import fixed_split, load_photos
-from benchmarks.accuracy.learn import Variant, learn, settings_of
+from benchmarks.accuracy.learn import ONE_RATE, Variant, learn, settings_of
 from benchmarks.accuracy.study import Job, Store
 from benchmarks.paper.figures import open_store, write_plot, write_table
 from wasi_edge.bench.gradient import Sample, errors_by_linear, start
@@ -42,7 +42,7 @@ def main() -> None:
     """Measure what is missing, choose, compare."""
     store = open_store("rank_selection")
     subject = find_subject("default", SIZE)
-    settings = settings_of(Variant(epochs=EPOCHS), subject, data=DATA)
+    settings = settings_of(Variant(epochs=EPOCHS, **ONE_RATE), subject, data=DATA)
     measured = [Job("errors", f"rank {rank}", 0, partial(_errors, subject, rank, True), settings) for rank in RANKS]
     store.run(measured)
     names = list(subject.geometry.linear_shapes())
@@ -157,7 +157,7 @@ def _learned(subject: Subject, ranks: Mapping[str, int], seed: int) -> dict[str,
             assert isinstance(trainer, SubspaceTrainer)
             start(trainer.model, ranks)
 
-    return learn(subject, photos, fixed_split(DATA, photos), Variant(epochs=EPOCHS), seed, watch)
+    return learn(subject, photos, fixed_split(DATA, photos), Variant(epochs=EPOCHS, **ONE_RATE), seed, watch)
 
 
 def _row(store: Store, label: str, ranks: Mapping[str, int], errors: Table, sizes: Table) -> dict[str, Any]:

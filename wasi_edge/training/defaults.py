@@ -11,13 +11,15 @@ LABEL_SMOOTHING = 0.1
 # Learning rates of norms, biases and embeddings, and of the classifier, relative to that of the weights.
 DENSE_RATE = {"wasi": 0.25, "wsi": 0.25, "asi": 0.25, "vanilla": 1.0, "lora": 0.0, "head": 0.0}
 HEAD_RATE = {"wasi": 1.0, "wsi": 1.0, "asi": 1.0, "vanilla": 1.0, "lora": 1.0, "head": 0.0}
+# Of their rate, for what comes before the first block: from block to block the share grows by the same factor, to 1.
+STEM_RATE = {"wasi": 1 / 32, "wsi": 1 / 32, "asi": 1 / 32, "vanilla": 1.0, "lora": 1.0, "head": 1.0}
 LORA_RANK = 16
 # Share of the steps in which the learning rate rises. Steps of our rule are of one length however small the gradient:
 # taken in full from the start they undo in the first epoch what the network knew.
 WARM_UP = {"wasi": 0.4, "wsi": 0.4, "asi": 0.4, "vanilla": 0.1, "lora": 0.1, "head": 0.1}
 
 _EPOCHS = {"wasi": 6, "wsi": 6, "asi": 6, "vanilla": 6, "lora": 6, "head": 0}
-_LEARNING_RATE = {"wasi": 6e-5, "wsi": 6e-5, "asi": 6e-5, "vanilla": 5e-5, "lora": 5e-4, "head": 0.0}
+_LEARNING_RATE = {"wasi": 1.2e-4, "wsi": 1.2e-4, "asi": 1.2e-4, "vanilla": 5e-5, "lora": 5e-4, "head": 0.0}
 
 
 def epochs(method: str) -> int:

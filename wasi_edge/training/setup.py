@@ -55,6 +55,7 @@ def recipe_of(prepared: Prepared) -> Recipe:
         weight_decay=defaults.WEIGHT_DECAY,
         clip_norm=defaults.CLIP_NORM,
         label_smoothing=defaults.LABEL_SMOOTHING,
+        stem_rate=defaults.STEM_RATE[request.method],
     )
 
 

@@ -33,6 +33,8 @@ class Recipe:
     learning_rate       of the factors (wasi) or of all weights (vanilla), before the schedule
     head_rate           of the classifier (wasi)
     dense_rate          of norms, biases, embeddings and LayerScale (wasi)
+    stem_rate           what comes before the first block learns at this share of its rate, what comes after the last at
+                        all of it, blocks between them at shares in a geometric row
     """
 
     learning_rate: float
@@ -41,6 +43,16 @@ class Recipe:
     weight_decay: float
     clip_norm: float
     label_smoothing: float
+    stem_rate: float = 1.0
+
+    def share(self, name: str, depth: int) -> float:
+        """Of its learning rate, for the parameter `name` of a network of `depth` blocks: layer-wise decay (ELECTRA,
+        arXiv 2003.10555; BEiT, arXiv 2106.08254), whose factor from block to block is stem_rate ** (1 / depth)."""
+        part, *rest = name.split(".")
+        if part in ("norm", "head"):
+            return 1.0
+        block = int(rest[0]) if part == "blocks" else -1
+        return self.stem_rate ** ((depth - 1 - block) / depth)
 
 
 class Trainer(Protocol):
@@ -187,11 +199,12 @@ class SubspaceTrainer(FrozenTrainer):
         for name, gradient in self._gradients.items():
             gradient.mul_(clip)
             linear, _, key = name.rpartition(".")
+            share = recipe.share(name, self.model.geometry.depth) * schedule
             if key == "projected":
-                self._factors.update(linear, gradient, recipe.learning_rate * schedule, step)
+                self._factors.update(linear, gradient, recipe.learning_rate * share, step)
             else:
                 is_head = linear == "head"
-                rate = (recipe.head_rate if is_head else recipe.dense_rate) * schedule
+                rate = (recipe.head_rate if is_head else recipe.dense_rate) * share
                 stored = artefact_name(linear, key) if linear else key
                 self._adam.update(stored, self._parameters[stored], gradient, rate, step)
         self._gradients.clear()

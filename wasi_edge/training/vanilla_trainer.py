@@ -24,10 +24,12 @@ class VanillaTrainer:
     def __init__(self, model: VanillaViT | VanillaSwin, recipe: Recipe, active: Tensor | None = None) -> None:
         self.model, self.recipe, self.active = model, recipe, active
         self._learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        decayed = [p for n, p in self._learning.items() if is_decayed(n, p)]
-        kept = [p for n, p in self._learning.items() if not is_decayed(n, p)]
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, parameter in self._learning.items():
+            decay = recipe.weight_decay if is_decayed(name, parameter) else 0.0
+            groups.setdefault((decay, recipe.share(name, len(model.blocks))), []).append(parameter)
         self._optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}],
+            [{"params": held, "weight_decay": decay, "share": share} for (decay, share), held in groups.items()],
             lr=recipe.learning_rate,
         )
 
@@ -56,7 +58,7 @@ class VanillaTrainer:
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm))
         refuse_divergence(norm, step, self.recipe)
         for group in self._optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate * schedule
+            group["lr"] = self.recipe.learning_rate * group["share"] * schedule
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
