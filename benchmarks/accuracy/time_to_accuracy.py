@@ -35,7 +35,7 @@ MARGIN = 0.01
 def main() -> None:
     """Time, reckon, print, write down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="clothing")
+    parser.add_argument("--data", default="clothing", choices=[source.name for source in CLAIM_SETS])
     parser.add_argument("--rounds", type=int, default=12)
     given = parser.parse_args()
     source = next(source for source in CLAIM_SETS if source.name == given.data)
