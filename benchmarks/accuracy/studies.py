@@ -96,7 +96,7 @@ CLAIM_SETS = (
     Source("cifar10", 84, 700),
 )
 # of a set with many photos six epochs are too few: as many as fit into the time of vanilla's ten, at half the rate
-LONG, LARGE_SETS = replace(WASI, epochs=16, learning_rate=3e-5, warm_up=0.1), ("cifar10",)
+LONG, LARGE_SETS = replace(WASI, epochs=16, learning_rate=6e-5), ("cifar10",)
 
 
 def against_vanilla(datasets: list[str], repeats: int) -> Iterator[Job]:
