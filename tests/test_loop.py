@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from wasi_edge.training.choosing import is_kept
 from wasi_edge.training.loop import Hooks, LoopSettings, Progress, train
 from wasi_edge.training.loss import Loss
 
@@ -95,6 +97,27 @@ def test_patience_counts_from_the_best_where_that_is_in_the_second_half():
     progress, trainer = started(), CountingTrainer()
     progress.best_epoch = 7
     assert go(trainer, progress) == "early_stopped" and trainer.steps == (7 + 2) * 3
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "kept"),
+    [
+        (0.92, 0.5, False),  # more right answers, but fewer than the error of 100 photos: the loss counts
+        (0.94, 0.5, True),
+        (0.89, 0.3, True),
+        (0.86, 0.3, False),
+        (0.90, 0.4, False),
+        (0.91, 0.4, True),
+    ],
+)
+def test_what_is_kept_is_the_lowest_loss_within_an_error_of_the_highest_accuracy(accuracy, loss, kept):
+    assert is_kept(accuracy, loss, kept_accuracy=0.9, kept_loss=0.4, highest=0.91, photos=100) == kept
+
+
+def test_the_highest_accuracy_counts_even_where_that_model_was_not_kept():
+    assert is_kept(0.86, 0.3, kept_accuracy=0.88, kept_loss=0.4, highest=0.88, photos=100)
+    assert not is_kept(0.86, 0.3, kept_accuracy=0.88, kept_loss=0.4, highest=0.91, photos=100)
+    assert is_kept(1.0, 0.2, kept_accuracy=1.0, kept_loss=0.3, highest=1.0, photos=1)
 
 
 def test_photos_are_counted_as_they_are_trained_on_with_a_smaller_last_batch():

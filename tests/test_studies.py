@@ -20,7 +20,7 @@ from tiny_artefact import write_tiny
 from benchmarks.accuracy import datasets, time_to_accuracy
 from benchmarks.accuracy.converted import converted_by_command
 from benchmarks.accuracy.datasets import Photos, folds, random_split
-from benchmarks.accuracy.learn import Variant, head_accuracy, learn, photo_features
+from benchmarks.accuracy.learn import Variant, head_accuracy, kept_epochs, learn, photo_features
 from benchmarks.accuracy.processes import run_beside
 from benchmarks.accuracy.study import Job, Store, paired_difference
 from benchmarks.paper import fig3b_iteration, formulas, rank_selection
@@ -60,10 +60,11 @@ def gradients_as_before():
 def test_learns_in_memory(subject: Subject, photos: Photos, method: str) -> None:
     watched: list[int] = []
     epochs = 0 if method == "head" else 2
-    variant = Variant(method, epochs=epochs)
-    result = learn(subject, photos, random_split(photos, 0), variant, 0, lambda epoch, _: watched.append(epoch))
+    variant, split = Variant(method, epochs=epochs), random_split(photos, 0)
+    result = learn(subject, photos, split, variant, 0, lambda epoch, _: watched.append(epoch))
     assert watched == list(range(epochs + 1)) == [entry["epoch"] for entry in result["history"]]
     assert result["head_test"] > 0.9 and result["best"]["test"] > 0.9
+    assert result["best"]["epoch"] == kept_epochs(result["history"], len(split.val))[-1]
     seconds = [entry["seconds"] for entry in result["history"]]
     assert seconds == sorted(seconds)
     json.dumps(result)
@@ -285,13 +286,14 @@ def test_time_to_accuracy_follows_the_model_that_validation_chooses() -> None:
         return [{"val": val, "val_loss": loss, "test": test} for val, loss, test in entries]
 
     chosen = history((0.8, 0.5, 0.6), (0.7, 0.4, 0.9), (0.8, 0.4, 0.7), (0.9, 0.6, 0.8))
-    assert time_to_accuracy.curve([chosen]) == [0.6, 0.6, 0.7, 0.8]
+    assert time_to_accuracy.curve([chosen], 10_000) == [0.6, 0.6, 0.7, 0.8]
+    assert time_to_accuracy.curve([chosen], 4) == [0.6, 0.9, 0.7, 0.7]
     steady = history((0.8, 0.5, 0.8), (0.7, 0.4, 0.1), (0.7, 0.4, 0.1), (0.7, 0.6, 0.1))
-    both = time_to_accuracy.curve([chosen, steady])
+    both = time_to_accuracy.curve([chosen, steady], 10_000)
     assert both == pytest.approx([0.7, 0.7, 0.75, 0.8])
     assert [time_to_accuracy.first_reaching(both, target) for target in (0.7, 0.74, 0.8, 0.81)] == [0, 2, 3, None]
     assert time_to_accuracy.all_tested([chosen, steady]) and not time_to_accuracy.all_tested([])
     del chosen[2]["test"]
     assert not time_to_accuracy.all_tested([steady, chosen])
     with pytest.raises(ValueError, match="run them again"):
-        time_to_accuracy.curve([chosen])
+        time_to_accuracy.curve([chosen], 4)

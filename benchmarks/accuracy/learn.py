@@ -1,7 +1,7 @@
 """One fine-tuning run in memory: the same loop, trainers and head as `finetune`, on a split of `datasets`.
 
 Test photos are looked at after every epoch and choose nothing: what counts is their accuracy after the epoch that
-validation calls the best.
+validation chooses.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,8 +27,9 @@ from wasi_edge.method import Method
 from wasi_edge.models.network import build_network
 from wasi_edge.preprocess import normalise
 from wasi_edge.training import defaults, factor_update
+from wasi_edge.training.choosing import is_kept
 from wasi_edge.training.head import fit_head
-from wasi_edge.training.loop import Hooks, LoopSettings, Progress, train, validate
+from wasi_edge.training.loop import Hooks, LoopSettings, Progress, note_epoch, train, validate
 from wasi_edge.training.methods import make_trainer
 from wasi_edge.training.photos import PhotoSet
 from wasi_edge.training.trainer import Recipe, Trainer
@@ -131,6 +132,7 @@ def learn(
     progress = Progress()
     first, head_test = validate(built, parts["val"]), validate(built, parts["test"])
     progress.best_accuracy, progress.best_loss = first.accuracy or 0.0, first.loss or 0.0
+    note_epoch(progress, 0, first, 0.0, 0)
     tests = [head_test.accuracy or 0.0]
     history = [
         {
@@ -159,7 +161,7 @@ def learn(
     watch(0, built)
     if method is not Method.HEAD:
         train(built, parts["train"], parts["val"], settings, progress, _Quiet(), hooks)  # type: ignore[arg-type]
-    for entry, test, seconds in zip(progress.history, tests[1:], times[1:], strict=True):
+    for entry, test, seconds in zip(progress.history[1:], tests[1:], times[1:], strict=True):
         history.append(
             {
                 "epoch": entry["epoch"],
@@ -178,6 +180,16 @@ def learn(
         "best": {key: chosen[key] for key in ("epoch", "val", "val_loss", "test")},
         "history": history,
     }
+
+
+def kept_epochs(history: Sequence[dict[str, Any]], photos: int) -> list[int]:
+    """After each epoch of a run, from 0, the one whose model `finetune` would keep, of so many validation `photos`."""
+    found, highest = [0], history[0]["val"]
+    for epoch, entry in enumerate(history[1:], 1):
+        highest, kept = max(highest, entry["val"]), history[found[-1]]
+        better = is_kept(entry["val"], entry["val_loss"], kept["val"], kept["val_loss"], highest, photos)
+        found.append(epoch if better else found[-1])
+    return found
 
 
 def settings_of(variant: Variant, subject: Subject, **more: Any) -> dict[str, Any]:

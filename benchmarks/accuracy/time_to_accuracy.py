@@ -2,8 +2,8 @@
 
     python -m benchmarks.accuracy.time_to_accuracy [--data clothing] [--rounds 12]
 
-The curve of a row is the test accuracy, after each epoch, of the model that validation calls the best so far, mean over
-the splits. The accuracy asked for is the highest of vanilla's curve less one point. Steps of all rows are timed
+The curve of a row is the test accuracy, after each epoch, of the model that `finetune` would keep so far, mean over the
+splits. The accuracy asked for is the highest of vanilla's curve less one point. Steps of all rows are timed
 interleaved, on as many threads as torch takes; the head's pass over the training photos counts, validation does not,
 and where the dense network is converted first, so does the conversion. A row whose runs did not look at the test photos
 after every epoch, or which has none, is left out; delete its runs and make them again.
@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.accuracy.converted import converted
 from benchmarks.accuracy.datasets import random_split
+from benchmarks.accuracy.learn import kept_epochs
 from benchmarks.accuracy.studies import CALIBRATION, CLAIM_SETS, DENSE_MODEL, EPSILON
 from benchmarks.accuracy.study import Store, this_machine, write_table
 from wasi_edge.bench.contestant import Contestant, Entry, free_choices
@@ -41,12 +42,13 @@ def main() -> None:
     source = next(source for source in CLAIM_SETS if source.name == given.data)
     store = Store("against_vanilla", this_machine())
     histories = {row: [run["history"] for run in store.of(given.data, row).values()] for row in ROWS}
+    photos, conversion = source.photos(), 0.0
+    split = random_split(photos, 0)
+    train, count = split.train, len(split.val)
     try:
-        curves = {row: curve(runs) for row, runs in histories.items() if row == "vanilla" or all_tested(runs)}
+        curves = {row: curve(runs, count) for row, runs in histories.items() if row == "vanilla" or all_tested(runs)}
     except ValueError as error:
         parser.error(f"vanilla on {given.data}: {error}")
-    photos, conversion = source.photos(), 0.0
-    train = random_split(photos, 0).train
     with ExitStack() as held:
         subjects = {"vanilla": find_subject(DENSE_MODEL, source.size)}
         if "wasi" in curves:
@@ -73,8 +75,9 @@ def all_tested(histories: Sequence[Sequence[dict[str, Any]]]) -> bool:
     return bool(histories) and all("test" in entry for history in histories for entry in history)
 
 
-def curve(histories: Sequence[Sequence[dict[str, Any]]]) -> list[float]:
-    """After each epoch, from 0: test accuracy of the best so far by validation accuracy, then loss; mean over runs.
+def curve(histories: Sequence[Sequence[dict[str, Any]]], photos: int) -> list[float]:
+    """After each epoch, from 0: test accuracy of the model that `finetune` would keep so far, of so many validation
+    `photos`; mean over runs.
 
     Raises ValueError for runs that are not `all_tested`.
     """
@@ -82,12 +85,7 @@ def curve(histories: Sequence[Sequence[dict[str, Any]]]) -> list[float]:
         raise ValueError("expected runs with test accuracies after every epoch; delete these rows and run them again")
     found = []
     for history in histories:
-        best, tests = history[0], []
-        for entry in history:
-            if (entry["val"], -entry["val_loss"]) > (best["val"], -best["val_loss"]):
-                best = entry
-            tests.append(best["test"])
-        found.append(tests)
+        found.append([history[epoch]["test"] for epoch in kept_epochs(history, photos)])
     return [fmean(tests) for tests in zip(*found, strict=True)]
 
 

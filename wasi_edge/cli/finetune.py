@@ -50,7 +50,9 @@ def finetune(
     seed: Annotated[int, typer.Option(min=0, help="Another seed is another split and order.")] = 0,
     image_size: Annotated[int | None, typer.Option(min=8, help="Input size in pixels.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Photos per optimiser step.", show_default="16")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of the last layers.", show_default="the method's own")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of the last layers.", show_default="the method's own")
+    ] = None,
     train_blocks: Annotated[
         int | None,
         typer.Option(min=1, help="Train the last N blocks alone.", show_default="all, or as many as fit the budget"),

@@ -179,16 +179,10 @@ def _photos_figure(report: Mapping[str, Any]) -> KeyFigure | None:
 
 
 def _epochs_figure(report: Mapping[str, Any]) -> KeyFigure | None:
-    """How long it trained, and which epoch is kept: the first with the best held-out accuracy."""
+    """How long it trained, and which epoch is kept."""
     if report.get("epochs_run") is None:
         return None
-    known = [
-        (accuracy, -epoch)
-        for entry in report.get("history") or ()
-        if (accuracy := finite(entry.get("val_accuracy"))) is not None
-        and (epoch := finite(entry.get("epoch"))) is not None
-    ]
-    best = -max(known)[1] if known else None
+    best = finite(report.get("best_epoch"))
     note = "" if best is None else f"best after epoch {number_text(best)}" if best else "the head alone was best"
     return KeyFigure("Training", epochs_text(report), note)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from wasi_edge.data.augment import epoch_order
+from wasi_edge.training.choosing import is_kept
 from wasi_edge.training.photos import PhotoSet
 from wasi_edge.training.request import Events
 from wasi_edge.training.trainer import Trainer
@@ -276,7 +277,9 @@ def _end_epoch(
     if result.accuracy is None or result.loss is None:
         better = True  # nothing to choose by: the last one counts
     else:
-        better = (result.accuracy, -result.loss) > (progress.best_accuracy, -progress.best_loss)
+        known = [entry["val_accuracy"] for entry in progress.history if entry["val_accuracy"] is not None]
+        kept, highest = (progress.best_accuracy, progress.best_loss), max(progress.best_accuracy, *known)
+        better = is_kept(result.accuracy, result.loss, *kept, highest, len(held_out))
     if better:
         progress.best_accuracy = -1.0 if result.accuracy is None else result.accuracy
         progress.best_loss = math.inf if result.loss is None else result.loss
