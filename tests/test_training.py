@@ -115,9 +115,9 @@ def test_polar_factor_has_unit_singular_values_and_survives_zero():
     assert float(polar_factor(torch.zeros(4, 2)).abs().max()) == 0
 
 
-def trainer_of(seed=0, keep=EXACT, carry_grams=True):
+def trainer_of(seed=0, keep=EXACT, carry_grams=True, recipe=RECIPE):
     model = random_vit(dtype=torch.float32, seed=seed)
-    return SubspaceTrainer(model, RECIPE, [keep] * TINY.depth, 4, seed, carry_grams=carry_grams)
+    return SubspaceTrainer(model, recipe, [keep] * TINY.depth, 4, seed, carry_grams=carry_grams)
 
 
 def one_step(trainer, step, micro=2):
@@ -174,11 +174,7 @@ def test_rebuilt_gram_matrices_train_like_carried_ones_and_are_not_held():
         assert float(error) < 1e-3, name  # float32 rounding, amplified by Adam on near-zero gradients elsewhere
 
 
-def subspace_by(recipe):
-    return SubspaceTrainer(random_vit(dtype=torch.float32), recipe, [EXACT] * TINY.depth, 4, 0)
-
-
-def vanilla_by(recipe):
+def vanilla_of(recipe):
     _, tensors = random_tensors(TINY, dtype=torch.float32)
     trainer = VanillaTrainer(build_vanilla(TINY, dense_reader(tensors), 16, 3), recipe)
     trainer.set_head(Head(tensors["head.weight"], tensors["head.bias"]))
@@ -198,15 +194,15 @@ def place_of(name):
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
 
 
-@pytest.mark.parametrize("build", [subspace_by, vanilla_by])
+@pytest.mark.parametrize("build", [trainer_of, vanilla_of])
 def test_a_block_learns_as_if_all_did_at_its_share(build):
     shares = [1 / 16, 1 / 4, 1.0, 1.0]  # before two blocks, of each, after them
     moved = set()
     for step in range(1, TURNS + 1):  # as the first: linears take turns
-        decayed, start = build(by_share(1.0, 1 / 16)), build(RECIPE).parameters()
+        decayed, start = build(recipe=by_share(1.0, 1 / 16)), build(recipe=RECIPE).parameters()
         one_step(decayed, step)
         for place, share in enumerate(shares):
-            alike = build(by_share(share))
+            alike = build(recipe=by_share(share))
             one_step(alike, step)
             for name, value in decayed.parameters().items():
                 if place_of(name) == place:

@@ -277,8 +277,8 @@ def _end_epoch(
     if result.accuracy is None or result.loss is None:
         better = True  # nothing to choose by: the last one counts
     else:
-        known = [entry["val_accuracy"] for entry in progress.history if entry["val_accuracy"] is not None]
-        kept, highest = (progress.best_accuracy, progress.best_loss), max(progress.best_accuracy, *known)
+        highest = max(entry["val_accuracy"] for entry in progress.history if entry["val_accuracy"] is not None)
+        kept = progress.best_accuracy, progress.best_loss
         better = is_kept(result.accuracy, result.loss, *kept, highest, len(held_out))
     if better:
         progress.best_accuracy = -1.0 if result.accuracy is None else result.accuracy
