@@ -24,7 +24,7 @@ from wasi_edge.method import Method
 from wasi_edge.models.geometry import ViTGeometry
 from wasi_edge.models.network import build_network
 from wasi_edge.models.vanilla import VanillaViT
-from wasi_edge.planner.choices import MICRO_BATCHES, RANK_ERRORS, Choices
+from wasi_edge.planner.choices import MICRO_BATCHES, RANK_ERRORS, Choices, usual_blocks
 from wasi_edge.planner.memory import (
     Item,
     fresh_bytes,
@@ -465,6 +465,14 @@ def test_blocks_stop_learning_only_where_nothing_else_fits():
     assert plan.trained_blocks < 6 and plan.cached_views == 3
     larger = [other for other in plan.others if other.smallest_budget > plan.smallest_budget]
     assert larger and larger[0].trained_blocks >= plan.trained_blocks
+
+
+def test_frozen_blocks_are_cached_only_where_someone_asked_for_so_few():
+    half = dataclasses.replace(FEWER, blocks=usual_blocks(12), cached_views=3)
+    usual = choose_plan(LOADS["vit-s"], half, BASE, 4096 * MB, SPEED)
+    asked = choose_plan(LOADS["vit-s"], dataclasses.replace(half, fewest_blocks=half.blocks), BASE, 4096 * MB, SPEED)
+    assert [(plan.trained_blocks, plan.cached_views) for plan in (usual, asked)] == [(6, 0), (6, 3)]
+    assert [usual_blocks(depth) for depth in (1, 2, 3, 12)] == [1, 1, 2, 6]
 
 
 def test_fewer_blocks_cost_less_memory_and_less_time():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from wasi_edge.data.augment import SCALE_RANGE, augment
 from wasi_edge.layers.saving import Pass
 from wasi_edge.method import Method
 from wasi_edge.models.network import build_network
+from wasi_edge.planner.choices import usual_blocks
 from wasi_edge.preprocess import normalise
 from wasi_edge.training import defaults, factor_update
 from wasi_edge.training.choosing import is_kept
@@ -35,13 +37,14 @@ from wasi_edge.training.photos import PhotoSet
 from wasi_edge.training.trainer import Recipe, Trainer
 
 _AT_ONCE = 32
-# how all blocks learnt before their rates differed: what earlier studies were made with
-ONE_RATE: dict[str, Any] = {"learning_rate": 6e-5, "stem_rate": 1.0}
+# how blocks learnt before their rates differed and the first ones were frozen: what earlier studies were made with
+ONE_RATE: dict[str, Any] = {"learning_rate": 6e-5, "stem_rate": 1.0, "trained_share": 1.0}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compared. None: the default of the method; rates are relative to `learning_rate`."""
+    """What is compared. None: the default of the method; rates are relative to `learning_rate`, `trained_share` is of the
+    blocks, those that learn."""
 
     method: str = "wasi"
     epsilon: float | None = None
@@ -49,6 +52,7 @@ class Variant:
     dense_rate: float | None = None
     head_rate: float | None = None
     stem_rate: float | None = None
+    trained_share: float | None = None
     warm_up: float | None = None
     epochs: int = 6
     label_smoothing: float = defaults.LABEL_SMOOTHING
@@ -62,6 +66,12 @@ class Variant:
     def warm_up_share(self) -> float:
         """Of the steps."""
         return defaults.WARM_UP[self.method] if self.warm_up is None else self.warm_up
+
+    def trained_blocks(self, depth: int) -> int:
+        """How many of so many blocks learn, counted from the end."""
+        if self.trained_share is not None:
+            return math.ceil(self.trained_share * depth)
+        return usual_blocks(depth) if Method(self.method).is_explicit else depth
 
     @property
     def recipe(self) -> Recipe:
@@ -111,7 +121,7 @@ def learn(
     torch.set_grad_enabled(False)
     factor_update.MOMENTUM = variant.momentum
     method = Method(variant.method)
-    choices = free_choices(variant.batch, subject.geometry.depth, variant.gradient_rank)
+    choices = free_choices(variant.batch, variant.trained_blocks(subject.geometry.depth), variant.gradient_rank)
     epsilon = (variant.epsilon or subject.own_epsilon) if method.has_factors else None
     built = make_trainer(
         method,
@@ -193,10 +203,11 @@ def kept_epochs(history: Sequence[dict[str, Any]], photos: int) -> list[int]:
 
 
 def settings_of(variant: Variant, subject: Subject, **more: Any) -> dict[str, Any]:
-    """What the result of `learn` depends on: a variant with its rates resolved, weights, the input size."""
+    """What the result of `learn` depends on: a variant with its defaults resolved, weights, the input size."""
     return {
         "variant": dataclasses.asdict(variant),
         "recipe": dataclasses.asdict(variant.recipe) | {"warm_up": variant.warm_up_share},
+        "trained_blocks": variant.trained_blocks(subject.geometry.depth),
         "weights": _fingerprint(subject.folder) if subject.folder else subject.name,
         "image_size": subject.image_size,
         **more,

@@ -91,7 +91,7 @@ def _step_ratios(rounds: int) -> dict[str, float]:
     subject = find_subject("default", SETS[0].size)
     steps: dict[str, Callable[[], None]] = {}
     for rule in RULES:
-        choices = free_choices(BATCH, subject.geometry.depth, GRADIENT_RANK)
+        choices = free_choices(BATCH, WASI.trained_blocks(subject.geometry.depth), GRADIENT_RANK)
         entry = Entry("wasi", Method.WASI, subject.own_epsilon)
         steps[rule] = partial(_step, rule, Contestant(subject, entry, choices, BATCH, 0))
     timed = interleave(steps, rounds, warm_up=2)

@@ -100,18 +100,22 @@ LONG, LARGE_SETS = replace(WASI, epochs=16, learning_rate=6e-5), ("cifar10",)
 
 
 def against_vanilla(datasets: list[str], repeats: int) -> Iterator[Job]:
-    """WASI of the dense network converted on the photos it trains on, its vanilla and closed-form head; and WASI of the
-    embedded model: the same splits."""
+    """WASI of the embedded model, and the dense network's vanilla and closed-form head: the same splits. Of sets that
+    are not large, WASI at one rate too: of the embedded model, and of the dense network converted on the photos that it
+    trains on."""
     for repeat in range(repeats):
         split = partial(random_split, seed=repeat)
         for source in CLAIM_SETS:
-            if not datasets or source.name in datasets:
-                yield _converted_job(source, "wasi", WASI, repeat, split)
+            if datasets and source.name not in datasets:
+                continue
+            yield _job(source, "head", HEAD, repeat, split)
+            yield _job(source, "vanilla", VANILLA, repeat, split)
+            if source.name in LARGE_SETS:
+                yield _job(source, "wasi, embedded, 16 epochs", LONG, repeat, split, "default")
+            else:
                 yield _job(source, "wasi, embedded", WASI, repeat, split, "default")
-                if source.name in LARGE_SETS:
-                    yield _job(source, "wasi, embedded, 16 epochs", LONG, repeat, split, "default")
-                yield _job(source, "head", HEAD, repeat, split)
-                yield _job(source, "vanilla", VANILLA, repeat, split)
+                yield _job(source, "embedded, one rate", EVEN, repeat, split, "default")
+                yield _converted_job(source, "wasi, one rate", EVEN, repeat, split)
 
 
 # data set: photos a class, and how many of all are trained on and tested on

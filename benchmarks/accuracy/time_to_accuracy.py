@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.accuracy.converted import converted
 from benchmarks.accuracy.datasets import random_split
 from benchmarks.accuracy.learn import kept_epochs
-from benchmarks.accuracy.studies import CALIBRATION, CLAIM_SETS, DENSE_MODEL, EPSILON
+from benchmarks.accuracy.studies import CALIBRATION, CLAIM_SETS, DENSE_MODEL, EPSILON, EVEN, LONG, VANILLA, WASI
 from benchmarks.accuracy.study import Store, this_machine, write_table
 from wasi_edge.bench.contestant import Contestant, Entry, free_choices
 from wasi_edge.bench.subject import Subject, find_subject
@@ -29,7 +29,14 @@ from wasi_edge.bench.timing import interleave
 from wasi_edge.method import Method
 from wasi_edge.training.defaults import BATCH, GRADIENT_RANK
 
-ROWS = ("vanilla", "wasi", "wasi, embedded")
+CONVERTED = "wasi, one rate"
+ROWS = {
+    "vanilla": VANILLA,
+    "wasi, embedded": WASI,
+    "wasi, embedded, 16 epochs": LONG,
+    "embedded, one rate": EVEN,
+    CONVERTED: EVEN,
+}
 MARGIN = 0.01
 
 
@@ -50,23 +57,22 @@ def main() -> None:
     except ValueError as error:
         parser.error(f"vanilla on {given.data}: {error}")
     with ExitStack() as held:
-        subjects = {"vanilla": find_subject(DENSE_MODEL, source.size)}
-        if "wasi" in curves:
+        dense, default = (find_subject(model, source.size) for model in (DENSE_MODEL, "default"))
+        subjects = {row: dense if row == "vanilla" else default for row in curves}
+        if CONVERTED in curves:
             factored = converted(DENSE_MODEL, photos, train, CALIBRATION, EPSILON, source.size)
-            subjects["wasi"], conversion = held.enter_context(factored)
-        if "wasi, embedded" in curves:
-            subjects["wasi, embedded"] = find_subject("default", source.size)
+            subjects[CONVERTED], conversion = held.enter_context(factored)
         seconds = _seconds(subjects, len(train), given.rounds)
     target = max(curves["vanilla"]) - MARGIN
     rows = []
     for row in curves:
         epochs = first_reaching(curves[row], target)
         start, step = seconds[row]
-        start += conversion if row == "wasi" else 0.0
+        start += conversion if row == CONVERTED else 0.0
         whole = None if epochs is None else start + epochs * math.ceil(len(train) / BATCH) * step
         found = {"row": row, "best": max(curves[row]), "epochs": epochs, "seconds of a step": step, "seconds": whole}
         rows.append(found | {"test after each epoch": [round(value, 4) for value in curves[row]]})
-    converting_took = f"; conversion {conversion:.0f} s" if "wasi" in curves else ""
+    converting_took = f"; conversion {conversion:.0f} s" if CONVERTED in curves else ""
     write_table("time_to_accuracy", rows, f"{given.data}: seconds to {target:.4f}{converting_took}")
 
 
@@ -96,17 +102,12 @@ def first_reaching(accuracies: Sequence[float], target: float) -> int | None:
 
 def _seconds(subjects: Mapping[str, Subject], photos: int, rounds: int) -> dict[str, tuple[float, float]]:
     """Of the head's pass over the training photos, and of a step, by row; `vanilla` is one of them."""
-    vanilla, wasi = Entry("vanilla", Method.VANILLA), Entry("wasi", Method.WASI, EPSILON)
-    built = {
-        row: Contestant(
-            subject,
-            vanilla if row == "vanilla" else wasi,
-            free_choices(BATCH, subject.geometry.depth, GRADIENT_RANK),
-            BATCH,
-            0,
-        )
-        for row, subject in subjects.items()
-    }
+    built = {}
+    for row, subject in subjects.items():
+        method = Method(ROWS[row].method)
+        entry = Entry(row, method, EPSILON if method.has_factors else None)
+        choices = free_choices(BATCH, ROWS[row].trained_blocks(subject.geometry.depth), GRADIENT_RANK)
+        built[row] = Contestant(subject, entry, choices, BATCH, 0)
     steps = interleave({row: contestant.step for row, contestant in built.items()}, rounds, warm_up=2)
     passes = interleave({row: contestant.infer for row, contestant in built.items()}, rounds)
     # in vanilla's seconds: ratios of neighbours hold on a machine that others use

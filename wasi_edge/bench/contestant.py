@@ -150,9 +150,9 @@ class Contestant:
                 work(part)
 
 
-def free_choices(batch: int, depth: int, gradient_rank: int) -> Choices:
-    """With all the memory it likes: everything at once, nothing rounded, nothing rebuilt."""
-    return Choices(micro_batch=batch, trained_blocks=depth, gradient_rank=gradient_rank, compact=False, trimmed=False)
+def free_choices(batch: int, blocks: int, gradient_rank: int) -> Choices:
+    """With all the memory it likes: everything at once, nothing rounded, nothing rebuilt. `blocks` learn."""
+    return Choices(micro_batch=batch, trained_blocks=blocks, gradient_rank=gradient_rank, compact=False, trimmed=False)
 
 
 def choices_from(values: dict[str, Any]) -> Choices:

@@ -137,7 +137,7 @@ def _outlook_text(row: dict[str, Any], geometry: dict[str, Any]) -> str:
     if "peak_bytes" not in row:
         return f"too small, {format_size(row['smallest_budget_bytes'])} would do"
     depth = geometry.get("depth") or sum(geometry["depths"])
-    blocks = "all blocks" if row["trained_blocks"] == depth else f"the last {row['trained_blocks']} of {depth} blocks"
+    blocks = f"the last {row['trained_blocks']} of {depth} blocks"
     at_once = "a photo at a time" if row["micro_batch"] == 1 else f"{row['micro_batch']} photos at a time"
     rank = "" if row["gradient_rank"] >= 32 else f", gradients of rank {row['gradient_rank']}"
     return f"about {format_size(row['peak_bytes'])}: {blocks}, {at_once}{rank}"

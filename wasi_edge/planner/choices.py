@@ -17,6 +17,9 @@ from typing import Any
 from wasi_edge.keep import Keep, Rebuild
 
 MICRO_BATCHES = (16, 12, 8, 6, 4, 3, 2, 1)
+# Of the blocks, those that learn where nobody asks for another number, counted from the end: the others would at a small
+# share of the rate, and without them as much is learned in two thirds of the time (`notes/LOG.md`).
+TRAINED_SHARE = 1 / 2
 # augmented views of each photo that the frozen blocks see where their output is cached on disk
 CACHED_VIEWS = 3
 # Relative errors of the gradient of all linears, each choice alone against exact training, on real photos with the
@@ -87,6 +90,11 @@ class Choices:
         return {key.name: getattr(self, key.name) for key in dataclasses.fields(Choices)}
 
 
+def usual_blocks(depth: int) -> int:
+    """How many of so many blocks learn with wasi, wsi or asi, counted from the end."""
+    return math.ceil(TRAINED_SHARE * depth)
+
+
 # the ways of a tier with so many photos at once
 Ways = Callable[[Sequence[int]], Iterator[Choices]]
 
@@ -97,11 +105,13 @@ def explicit_tiers(
     """Tiers of ways to train the last `blocks` of `depth` blocks or, where that does not fit, fewer down to `fewest`.
 
     `views`: augmented views of each photo whose pass through frozen blocks may be cached; 0 where the disk is too full.
+    Where nobody asked for so few blocks, `fewest` being fewer, the first tiers run the frozen ones in every epoch, so that
+    each epoch has views of its own.
     """
     lower = max(1, gradient_rank // 2)
-    all_views = views if blocks < depth else 0
-    yield partial(_ways, batch, gradient_rank, blocks, all_views, has_factors)
-    yield partial(_ways, batch, lower, blocks, all_views, has_factors)
+    first_views = views if fewest == blocks < depth else 0
+    yield partial(_ways, batch, gradient_rank, blocks, first_views, has_factors)
+    yield partial(_ways, batch, lower, blocks, first_views, has_factors)
     for fewer in range(blocks - 1, fewest - 1, -1):
         yield partial(_ways, batch, lower, fewer, views, has_factors)
 

@@ -12,7 +12,7 @@ from typing import Any
 from wasi_edge.errors import BudgetInfeasible
 from wasi_edge.method import Method
 from wasi_edge.models.geometry_swin import Geometry
-from wasi_edge.planner.choices import CACHED_VIEWS
+from wasi_edge.planner.choices import CACHED_VIEWS, usual_blocks
 from wasi_edge.planner.plan import Base, Speed, Work, choose_plan
 from wasi_edge.planner.workload import Workload
 
@@ -43,7 +43,7 @@ def outlook(
         epochs=_EPOCHS,
         batch=_BATCH,
         gradient_rank=_GRADIENT_RANK,
-        blocks=geometry.depth,
+        blocks=usual_blocks(geometry.depth),
         fewest_blocks=1,
         cached_views=CACHED_VIEWS,
     )

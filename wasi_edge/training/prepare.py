@@ -25,7 +25,7 @@ from wasi_edge.memory.process import read_memory
 from wasi_edge.method import Method
 from wasi_edge.models.geometry_swin import Geometry
 from wasi_edge.models.locate import resolve_model
-from wasi_edge.planner.choices import CACHED_VIEWS
+from wasi_edge.planner.choices import CACHED_VIEWS, usual_blocks
 from wasi_edge.planner.memory import cached_bytes_per_photo
 from wasi_edge.planner.plan import Base, Plan, Speed, Work, choose_plan
 from wasi_edge.planner.workload import Workload
@@ -219,12 +219,12 @@ def _work(request: FinetuneRequest, folder: PhotoFolder, geometry: Geometry) -> 
     else:
         num_val = round(len(folder.photos) * request.val_split)
         num_train = len(folder.photos) - num_val
-    blocks = geometry.depth
+    blocks = usual_blocks(geometry.depth) if request.method.is_explicit else geometry.depth
     if request.train_blocks is not None:
         if not request.method.is_explicit:
             raise UsageError(f"--train-blocks is for --method wasi, wsi and asi; {request.method} has no say in it")
-        if request.train_blocks > blocks:
-            raise UsageError(f"--train-blocks {request.train_blocks}: the model has {blocks} blocks")
+        if request.train_blocks > geometry.depth:
+            raise UsageError(f"--train-blocks {request.train_blocks}: the model has {geometry.depth} blocks")
         blocks = request.train_blocks
     return Work(
         num_train=num_train,
@@ -254,8 +254,8 @@ def _sacrifices(work: Work, plan: Plan) -> list[str]:
     notes = []
     if 0 < plan.trained_blocks < work.blocks:
         notes.append(
-            f"the budget has room to train the last {plan.trained_blocks} of {work.blocks} blocks; the others stay "
-            f"as they are"
+            f"the budget has room to train the last {plan.trained_blocks} blocks instead of {work.blocks}; the others "
+            f"stay as they are"
         )
     if 0 < plan.gradient_rank < work.gradient_rank:
         notes.append(f"the budget has room for gradients of rank {plan.gradient_rank} instead of {work.gradient_rank}")
