@@ -51,7 +51,6 @@ class Source:
 RECIPE_SETS = (Source("cifar10", 84, 200, 1000), Source("clothing", 168), Source("flowers", 112))
 RECIPES: dict[str, Variant] = {
     "wasi, one rate": EVEN,
-    "wasi, one rate, 3e-5": replace(EVEN, learning_rate=3e-5),
     "wasi, one rate, 1e-4": replace(EVEN, learning_rate=1e-4),
     "wasi, one rate, 1.6e-4": replace(EVEN, learning_rate=1.6e-4),
     "wasi, one rate, 1e-4, 10 epochs": replace(EVEN, learning_rate=1e-4, epochs=10),
@@ -61,11 +60,11 @@ RECIPES: dict[str, Variant] = {
     "vanilla, lr 1e-4, stem 1/32": replace(VANILLA, learning_rate=1e-4, stem_rate=1 / 32),
     "lora, lr 5e-4": Variant("lora", learning_rate=5e-4, epochs=10),
     "lora, lr 1e-3": Variant("lora", learning_rate=1e-3, epochs=10),
-    "lora, lr 2e-3": Variant("lora", learning_rate=2e-3, epochs=10),
 }
 EMBEDDED_RECIPES: dict[str, Variant] = {
     "embedded": WASI,
     "embedded, one rate": EVEN,
+    "embedded, all blocks": replace(WASI, trained_share=1.0),
     "embedded, lr 6e-5": replace(WASI, learning_rate=6e-5),
     "embedded, lr 2.4e-4": replace(WASI, learning_rate=2.4e-4),
     "embedded, 10 epochs": replace(WASI, epochs=10),
