@@ -43,8 +43,8 @@ ONE_RATE: dict[str, Any] = {"learning_rate": 6e-5, "stem_rate": 1.0, "trained_sh
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compared. None: the default of the method; rates are relative to `learning_rate`, `trained_share` is of the
-    blocks, those that learn."""
+    """What is compared. None: the default of the method; rates are relative to `learning_rate`, `trained_share` is the
+    share of the blocks that learns."""
 
     method: str = "wasi"
     epsilon: float | None = None

@@ -55,7 +55,9 @@ def finetune(
     ] = None,
     train_blocks: Annotated[
         int | None,
-        typer.Option(min=1, help="Train the last N blocks alone.", show_default="half of them, or as many as fit the budget"),
+        typer.Option(
+            min=1, help="Train the last N blocks alone.", show_default="half of them, or as many as fit the budget"
+        ),
     ] = None,
     max_temp: Annotated[float | None, typer.Option(help="Pause above this CPU temperature, Celsius.")] = None,
     nice: Annotated[int | None, typer.Option(min=0, max=19, help="Give way to other programs: 0 to 19.")] = None,

@@ -17,8 +17,8 @@ from typing import Any
 from wasi_edge.keep import Keep, Rebuild
 
 MICRO_BATCHES = (16, 12, 8, 6, 4, 3, 2, 1)
-# Of the blocks, those that learn where nobody asks for another number, counted from the end: the others would at a small
-# share of the rate, and without them as much is learned in two thirds of the time (`notes/LOG.md`).
+# Of the blocks, those that learn where nobody asks for another number, counted from the end: the others would at a
+# small share of the rate, and without them as much is learned in two thirds of the time (`notes/LOG.md`).
 TRAINED_SHARE = 1 / 2
 # augmented views of each photo that the frozen blocks see where their output is cached on disk
 CACHED_VIEWS = 3
@@ -105,8 +105,8 @@ def explicit_tiers(
     """Tiers of ways to train the last `blocks` of `depth` blocks or, where that does not fit, fewer down to `fewest`.
 
     `views`: augmented views of each photo whose pass through frozen blocks may be cached; 0 where the disk is too full.
-    Where nobody asked for so few blocks, `fewest` being fewer, the first tiers run the frozen ones in every epoch, so that
-    each epoch has views of its own.
+    Where nobody asked for so few blocks, `fewest` being fewer, the first tiers run the frozen ones in every epoch, so
+    that each epoch has views of its own.
     """
     lower = max(1, gradient_rank // 2)
     first_views = views if fewest == blocks < depth else 0
