@@ -190,6 +190,16 @@ def test_a_run_of_the_last_block_changes_it_alone_and_resumes_to_the_same_weight
         assert np.array_equal(value, tensors(out)[name]), name
 
 
+def test_half_of_the_blocks_learn_where_nobody_asks_and_the_others_see_new_views_in_every_epoch(base, tmp_path):
+    arguments = finetune(base, tmp_path / "out", "--epochs", 3)
+    report = report_of(run(*arguments[: arguments.index("--train-blocks")], "--epochs", 3))
+    assert report["trained_blocks"] == 1 and report["plan"]["cached_views"] == 0
+    before, after = tensors(base / "model"), tensors(tmp_path / "out")
+    changed = {name.rsplit(".", 1)[0] for name, value in before.items() if not np.array_equal(value, after[name])}
+    assert {"blocks.1.qkv", "blocks.1.fc2", "norm"} <= changed
+    assert not any(name.startswith(("blocks.0.", "patch_embed", "class_token", "position")) for name in changed)
+
+
 def test_photos_that_changed_are_run_through_the_frozen_blocks_again(base, tmp_path):
     """Same counts, other pictures: what waits on disk is of the wrong photos."""
     folder = tmp_path / "changing"

@@ -48,7 +48,7 @@ VIT_S = ViTGeometry(14, width=384, depth=12, heads=6, mlp_width=1536, position_g
 VIT_B = ViTGeometry(16, width=768, depth=12, heads=12, mlp_width=3072, position_grid=14, features="class")
 RECIPE = Recipe(1e-3, 1e-3, 1e-3, 0.01, 2.0, 0.1)
 SPEED = Speed(train_seconds=0.15, infer_seconds=0.05, update_seconds=0.2, decode_seconds=0.01)
-WORK = Work(num_train=400, num_val=100, epochs=8, batch=16, gradient_rank=32, blocks=12, fewest_blocks=12)
+WORK = Work(num_train=400, num_val=100, epochs=8, batch=16, gradient_rank=32, blocks=12, blocks_named=True)
 BASE = Base(start=230 * MB, steady=230 * MB)
 
 
@@ -446,7 +446,7 @@ def test_a_plan_says_what_the_next_smaller_and_larger_budgets_would_change():
 
 # ------------------------------------------------------------------------------------------------------- the tiers
 
-FEWER = dataclasses.replace(WORK, fewest_blocks=1, cached_views=3)
+FEWER = dataclasses.replace(WORK, blocks_named=False, cached_views=3)
 
 
 def test_blocks_stop_learning_only_where_nothing_else_fits():
@@ -470,7 +470,7 @@ def test_blocks_stop_learning_only_where_nothing_else_fits():
 def test_frozen_blocks_are_cached_only_where_someone_asked_for_so_few():
     half = dataclasses.replace(FEWER, blocks=usual_blocks(12), cached_views=3)
     usual = choose_plan(LOADS["vit-s"], half, BASE, 4096 * MB, SPEED)
-    asked = choose_plan(LOADS["vit-s"], dataclasses.replace(half, fewest_blocks=half.blocks), BASE, 4096 * MB, SPEED)
+    asked = choose_plan(LOADS["vit-s"], dataclasses.replace(half, blocks_named=True), BASE, 4096 * MB, SPEED)
     assert [(plan.trained_blocks, plan.cached_views) for plan in (usual, asked)] == [(6, 0), (6, 3)]
     assert [usual_blocks(depth) for depth in (1, 2, 3, 12)] == [1, 1, 2, 6]
 
@@ -478,7 +478,7 @@ def test_frozen_blocks_are_cached_only_where_someone_asked_for_so_few():
 def test_fewer_blocks_cost_less_memory_and_less_time():
     load = LOADS["vit-s"]
     plans = [
-        choose_plan(load, dataclasses.replace(FEWER, blocks=blocks, fewest_blocks=blocks), BASE, 4096 * MB, SPEED)
+        choose_plan(load, dataclasses.replace(FEWER, blocks=blocks, blocks_named=True), BASE, 4096 * MB, SPEED)
         for blocks in (12, 8, 4, 1)
     ]
     assert [plan.trained_blocks for plan in plans] == [12, 8, 4, 1]
@@ -489,7 +489,7 @@ def test_fewer_blocks_cost_less_memory_and_less_time():
 
 def test_without_disk_nothing_is_cached_and_the_frozen_blocks_are_run_every_epoch():
     load = LOADS["vit-s"]
-    some = dataclasses.replace(FEWER, blocks=6, fewest_blocks=6)
+    some = dataclasses.replace(FEWER, blocks=6, blocks_named=True)
     cached = choose_plan(load, some, BASE, 4096 * MB, SPEED)
     plain = choose_plan(load, dataclasses.replace(some, cached_views=0), BASE, 4096 * MB, SPEED)
     assert (cached.cached_views, plain.cached_views) == (3, 0)

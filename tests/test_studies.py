@@ -20,7 +20,7 @@ from tiny_artefact import write_tiny
 from benchmarks.accuracy import datasets, time_to_accuracy
 from benchmarks.accuracy.converted import converted_by_command
 from benchmarks.accuracy.datasets import Photos, folds, random_split
-from benchmarks.accuracy.learn import Variant, head_accuracy, kept_epochs, learn, photo_features
+from benchmarks.accuracy.learn import ONE_RATE, Variant, head_accuracy, kept_epochs, learn, photo_features
 from benchmarks.accuracy.processes import run_beside
 from benchmarks.accuracy.study import Job, Store, paired_difference
 from benchmarks.paper import fig3b_iteration, formulas, rank_selection
@@ -68,6 +68,11 @@ def test_learns_in_memory(subject: Subject, photos: Photos, method: str) -> None
     seconds = [entry["seconds"] for entry in result["history"]]
     assert seconds == sorted(seconds)
     json.dumps(result)
+
+
+def test_a_variant_trains_the_blocks_that_finetune_would() -> None:
+    blocks = [Variant(method).trained_blocks(12) for method in ("wasi", "asi", "vanilla", "head")]
+    assert blocks == [6, 6, 12, 12] and Variant(**ONE_RATE).trained_blocks(12) == 12
 
 
 def test_closed_form_head_of_all_photos(subject: Subject, photos: Photos) -> None:

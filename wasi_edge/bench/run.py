@@ -262,7 +262,7 @@ def _choices(request: BenchRequest, subject: Subject, entry: Entry, batch: int) 
         batch=batch,
         gradient_rank=request.gradient_rank,
         blocks=depth,
-        fewest_blocks=depth,
+        blocks_named=True,
     )
     speed = Speed(probe.train_seconds, probe.infer_seconds, probe.update_seconds, 0.0)
     return choose_plan(load, work, base, entry.budget_bytes, speed)

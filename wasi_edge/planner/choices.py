@@ -100,19 +100,20 @@ Ways = Callable[[Sequence[int]], Iterator[Choices]]
 
 
 def explicit_tiers(
-    batch: int, gradient_rank: int, depth: int, blocks: int, fewest: int, views: int, has_factors: bool = True
+    batch: int, gradient_rank: int, depth: int, blocks: int, named: bool, views: int, has_factors: bool = True
 ) -> Iterator[Ways]:
-    """Tiers of ways to train the last `blocks` of `depth` blocks or, where that does not fit, fewer down to `fewest`.
+    """Tiers of ways to train the last `blocks` of `depth` blocks or, where that does not fit and somebody has not
+    `named` just so many, fewer.
 
     `views`: augmented views of each photo whose pass through frozen blocks may be cached; 0 where the disk is too full.
-    Where nobody asked for so few blocks, `fewest` being fewer, the first tiers run the frozen ones in every epoch, so
-    that each epoch has views of its own.
+    Where nobody has named so few blocks, the first tiers run the frozen ones in every epoch, so that each epoch has
+    views of its own.
     """
     lower = max(1, gradient_rank // 2)
-    first_views = views if fewest == blocks < depth else 0
+    first_views = views if named and blocks < depth else 0
     yield partial(_ways, batch, gradient_rank, blocks, first_views, has_factors)
     yield partial(_ways, batch, lower, blocks, first_views, has_factors)
-    for fewer in range(blocks - 1, fewest - 1, -1):
+    for fewer in range(blocks - 1, 0, -1) if not named else ():
         yield partial(_ways, batch, lower, fewer, views, has_factors)
 
 

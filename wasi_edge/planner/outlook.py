@@ -44,7 +44,7 @@ def outlook(
         batch=_BATCH,
         gradient_rank=_GRADIENT_RANK,
         blocks=usual_blocks(geometry.depth),
-        fewest_blocks=1,
+        blocks_named=False,
         cached_views=CACHED_VIEWS,
     )
     rows: list[dict[str, Any]] = []

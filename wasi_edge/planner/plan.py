@@ -87,7 +87,7 @@ class Work:
     """How much there is to do.
 
     blocks          blocks to train, counted from the end
-    fewest_blocks   how few will do where memory has no room for more
+    blocks_named    somebody asked for just so many; else fewer will do where memory has no room for more
     cached_views    augmented views of each photo that there is disk for (`Choices`)
     """
 
@@ -97,7 +97,7 @@ class Work:
     batch: int
     gradient_rank: int
     blocks: int
-    fewest_blocks: int
+    blocks_named: bool
     cached_views: int = 0
 
 
@@ -205,7 +205,7 @@ def plan_tiers(load: Workload, work: Work, base: Base, speed: Speed) -> Iterator
         work.gradient_rank,
         load.geometry.depth,
         work.blocks,
-        work.fewest_blocks,
+        work.blocks_named,
         views,
         load.method.has_factors,
     ):

@@ -233,7 +233,7 @@ def _work(request: FinetuneRequest, folder: PhotoFolder, geometry: Geometry) -> 
         batch=min(request.batch or defaults.BATCH, max(num_train, 1)),
         gradient_rank=defaults.GRADIENT_RANK,
         blocks=blocks,
-        fewest_blocks=1 if request.train_blocks is None else blocks,
+        blocks_named=request.train_blocks is not None,
     )
 
 
