@@ -71,7 +71,7 @@ class Variant:
         """How many of so many blocks learn, counted from the end."""
         if self.trained_share is not None:
             return math.ceil(self.trained_share * depth)
-        return usual_blocks(depth) if Method(self.method).is_explicit else depth
+        return usual_blocks(Method(self.method), depth)
 
     @property
     def recipe(self) -> Recipe:

@@ -15,10 +15,12 @@ from functools import partial
 from typing import Any
 
 from wasi_edge.keep import Keep, Rebuild
+from wasi_edge.method import Method
 
 MICRO_BATCHES = (16, 12, 8, 6, 4, 3, 2, 1)
-# Of the blocks, those that learn where nobody asks for another number, counted from the end: the others would at a
-# small share of the rate, and without them as much is learned in two thirds of the time (`notes/LOG.md`).
+# Of the blocks, those that learn with wasi, wsi and asi where nobody asks for another number, counted from the end: the
+# others would at a small share of the rate, and without them as much is learned in two thirds of the time
+# (`notes/LOG.md`).
 TRAINED_SHARE = 1 / 2
 # augmented views of each photo that the frozen blocks see where their output is cached on disk
 CACHED_VIEWS = 3
@@ -90,9 +92,9 @@ class Choices:
         return {key.name: getattr(self, key.name) for key in dataclasses.fields(Choices)}
 
 
-def usual_blocks(depth: int) -> int:
-    """How many of so many blocks learn with wasi, wsi or asi, counted from the end."""
-    return math.ceil(TRAINED_SHARE * depth)
+def usual_blocks(method: Method, depth: int) -> int:
+    """How many of so many blocks learn where nobody asks for another number, counted from the end."""
+    return math.ceil(TRAINED_SHARE * depth) if method.is_explicit else depth
 
 
 # the ways of a tier with so many photos at once
@@ -113,7 +115,9 @@ def explicit_tiers(
     first_views = views if named and blocks < depth else 0
     yield partial(_ways, batch, gradient_rank, blocks, first_views, has_factors)
     yield partial(_ways, batch, lower, blocks, first_views, has_factors)
-    for fewer in range(blocks - 1, 0, -1) if not named else ():
+    if named:
+        return
+    for fewer in range(blocks - 1, 0, -1):
         yield partial(_ways, batch, lower, fewer, views, has_factors)
 
 

@@ -43,7 +43,7 @@ def outlook(
         epochs=_EPOCHS,
         batch=_BATCH,
         gradient_rank=_GRADIENT_RANK,
-        blocks=usual_blocks(geometry.depth),
+        blocks=usual_blocks(Method.WASI, geometry.depth),
         blocks_named=False,
         cached_views=CACHED_VIEWS,
     )

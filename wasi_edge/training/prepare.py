@@ -219,7 +219,7 @@ def _work(request: FinetuneRequest, folder: PhotoFolder, geometry: Geometry) -> 
     else:
         num_val = round(len(folder.photos) * request.val_split)
         num_train = len(folder.photos) - num_val
-    blocks = usual_blocks(geometry.depth) if request.method.is_explicit else geometry.depth
+    blocks = usual_blocks(request.method, geometry.depth)
     if request.train_blocks is not None:
         if not request.method.is_explicit:
             raise UsageError(f"--train-blocks is for --method wasi, wsi and asi; {request.method} has no say in it")
