@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from statistics import fmean as _mean
+from statistics import stdev
 
 from benchmarks.accuracy.accelerator import compute_on, name_of
 from benchmarks.accuracy.datasets import write_fixed_split
 from benchmarks.accuracy.processes import answer, parsed, work_through
-from benchmarks.accuracy.studies import RECIPE_SETS, REPEATS, STUDIES
+from benchmarks.accuracy.studies import OTHER_SEEDS, RECIPE_SETS, REPEATS, STUDIES, seeded
 from benchmarks.accuracy.study import Store, paired_difference, this_machine
 
 
@@ -69,6 +70,24 @@ def _print_table(store: Store, rows: list[tuple[str, str]]) -> None:
             f"{group} | {label} | {first_head:.3f} | {_mean(value.values()):.3f} | {last_loss:.4f}"
             f" | {_mean(test.values()):.4f} | {100 * difference:+.2f} +- {100 * interval:.2f} ({count}) | {seconds:.0f}"
         )
+    for group, label in rows:
+        _print_seeds(store, group, label)
+
+
+def _print_seeds(store: Store, group: str, label: str) -> None:
+    """Of a row whose runs were made again with other seeds: the mean over seeds, split by split, and their spread."""
+    seeds = [store.of(group, label), *(store.of(group, seeded(label, more)) for more in OTHER_SEEDS)]
+    splits = set.intersection(*map(set, seeds))
+    if not splits:
+        return
+    tests = {split: [runs[split]["best"]["test"] for runs in seeds] for split in splits}
+    means = {split: _mean(values) for split, values in tests.items()}
+    text = f"{group} | {label}, mean of {len(seeds)} seeds | {_mean(means.values()):.4f}"
+    for other in ("head", "vanilla"):
+        theirs = {split: run["best"]["test"] for split, run in store.of(group, other).items()}
+        difference, interval, count = paired_difference(means, theirs)
+        text += f" | - {other} {100 * difference:+.2f} +- {100 * interval:.2f} ({count})"
+    print(f"{text} | over seeds +- {100 * _mean(map(stdev, tests.values())):.2f}")
 
 
 def _print_tests(store: Store, rows: list[tuple[str, str]]) -> None:

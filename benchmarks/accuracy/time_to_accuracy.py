@@ -20,8 +20,8 @@ from typing import Any
 
 from benchmarks.accuracy.converted import converted
 from benchmarks.accuracy.datasets import random_split
-from benchmarks.accuracy.learn import kept_epochs
-from benchmarks.accuracy.studies import CALIBRATION, CLAIM_SETS, DENSE_MODEL, EPSILON, EVEN, LONG, VANILLA, WASI
+from benchmarks.accuracy.learn import Variant, kept_epochs
+from benchmarks.accuracy.studies import CALIBRATION, CLAIM_SETS, CONVERTED, DENSE_MODEL, EPSILON, claim_rows
 from benchmarks.accuracy.study import Store, this_machine, write_table
 from wasi_edge.bench.contestant import Contestant, Entry, free_choices
 from wasi_edge.bench.subject import Subject, find_subject
@@ -29,14 +29,6 @@ from wasi_edge.bench.timing import interleave
 from wasi_edge.method import Method
 from wasi_edge.training.defaults import BATCH, GRADIENT_RANK
 
-CONVERTED = "wasi, one rate"
-ROWS = {
-    "vanilla": VANILLA,
-    "wasi, embedded": WASI,
-    "wasi, embedded, 16 epochs": LONG,
-    "embedded, one rate": EVEN,
-    CONVERTED: EVEN,
-}
 MARGIN = 0.01
 
 
@@ -48,7 +40,8 @@ def main() -> None:
     given = parser.parse_args()
     source = next(source for source in CLAIM_SETS if source.name == given.data)
     store = Store("against_vanilla", this_machine())
-    histories = {row: [run["history"] for run in store.of(given.data, row).values()] for row in ROWS}
+    variants = {row: variant for row, variant in claim_rows(source).items() if variant.method != "head"}
+    histories = {row: [run["history"] for run in store.of(given.data, row).values()] for row in variants}
     photos, conversion = source.photos(), 0.0
     split = random_split(photos, 0)
     train, count = split.train, len(split.val)
@@ -62,7 +55,7 @@ def main() -> None:
         if CONVERTED in curves:
             factored = converted(DENSE_MODEL, photos, train, CALIBRATION, EPSILON, source.size)
             subjects[CONVERTED], conversion = held.enter_context(factored)
-        seconds = _seconds(subjects, len(train), given.rounds)
+        seconds = _seconds(subjects, variants, len(train), given.rounds)
     target = max(curves["vanilla"]) - MARGIN
     rows = []
     for row in curves:
@@ -100,13 +93,15 @@ def first_reaching(accuracies: Sequence[float], target: float) -> int | None:
     return next((epoch for epoch, accuracy in enumerate(accuracies) if accuracy >= target), None)
 
 
-def _seconds(subjects: Mapping[str, Subject], photos: int, rounds: int) -> dict[str, tuple[float, float]]:
+def _seconds(
+    subjects: Mapping[str, Subject], variants: Mapping[str, Variant], photos: int, rounds: int
+) -> dict[str, tuple[float, float]]:
     """Of the head's pass over the training photos, and of a step, by row; `vanilla` is one of them."""
     built = {}
     for row, subject in subjects.items():
-        method = Method(ROWS[row].method)
+        method = Method(variants[row].method)
         entry = Entry(row, method, EPSILON if method.has_factors else None)
-        choices = free_choices(BATCH, ROWS[row].trained_blocks(subject.geometry.depth), GRADIENT_RANK)
+        choices = free_choices(BATCH, variants[row].trained_blocks(subject.geometry.depth), GRADIENT_RANK)
         built[row] = Contestant(subject, entry, choices, BATCH, 0)
     steps = interleave({row: contestant.step for row, contestant in built.items()}, rounds, warm_up=2)
     passes = interleave({row: contestant.infer for row, contestant in built.items()}, rounds)
