@@ -96,6 +96,18 @@ def test_adamw_in_factors_is_torchs_on_the_gradient_that_p_stands_for(layer: Hel
             assert relative_difference(weight_of(layer), (pair[0] @ pair[1]).detach()) < 1e-10
 
 
+@pytest.mark.parametrize("name", ["momentum", "normalised momentum", "adam on p"])
+def test_rules_with_a_mean_wait_for_their_turn(layer: Held, name: str) -> None:
+    update = FactorUpdate({"x": layer}, DECAY, turns=2)
+    moved = []
+    with learning_by(name):
+        for step, (left, basis) in enumerate(gradients(4), 1):
+            before, layer.basis = weight_of(layer), basis
+            update.update("x", left, RATE, step)
+            moved.append(not torch.equal(weight_of(layer), before))
+    assert moved == [update.has_turn("x", step) for step in range(1, 5)] and sum(moved) == 2
+
+
 def test_rules_hold_what_they_say_and_ours_is_itself_again_afterwards(layer: Held) -> None:
     held = {}
     for name in RULES:

@@ -17,7 +17,7 @@ import torch
 from photos import save_jpeg, scene
 from tiny_artefact import write_tiny
 
-from benchmarks.accuracy import datasets, time_to_accuracy
+from benchmarks.accuracy import datasets, optimisers, time_to_accuracy
 from benchmarks.accuracy.converted import converted_by_command
 from benchmarks.accuracy.datasets import Photos, folds, random_split
 from benchmarks.accuracy.learn import ONE_RATE, Variant, head_accuracy, kept_epochs, learn, photo_features
@@ -302,3 +302,41 @@ def test_time_to_accuracy_follows_the_model_that_validation_chooses() -> None:
     assert not time_to_accuracy.all_tested([steady, chosen])
     with pytest.raises(ValueError, match="run them again"):
         time_to_accuracy.curve([chosen], 4)
+
+
+def test_a_rule_that_diverges_is_a_result(subject: Subject, photos: Photos, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Drawn:
+        name = "drawn"
+
+        def photos(self) -> Photos:
+            return photos
+
+    monkeypatch.setattr(optimisers, "folds", lambda name, photos, number: random_split(photos, number))
+    run = lambda rule, rate: optimisers._run(Drawn(), subject, rule, optimisers._variant(rate), 0)  # type: ignore[arg-type]  # noqa: E731
+    assert run("momentum", 1e-2)["state_bytes"] > 0
+    assert list(run("adamw in factors", 1e30)) == ["diverged"]
+
+
+def test_rates_of_the_head_are_the_same_for_every_rule() -> None:
+    recipes = [optimisers._variant(rate).recipe for rate in (1e-5, 1e-1)]
+    assert (
+        recipes[0].head_rate == pytest.approx(recipes[1].head_rate) == pytest.approx(optimisers.WASI.recipe.head_rate)
+    )
+    assert recipes[0].dense_rate == pytest.approx(recipes[1].dense_rate)
+    assert [recipe.learning_rate for recipe in recipes] == [1e-5, 1e-1] and recipes[0].weight_decay == 0
+
+
+def test_each_rule_goes_on_with_the_rate_of_the_lowest_loss(tmp_path: Path) -> None:
+    store = Store("optimisers", {}, tmp_path)
+    losses = dict(zip(optimisers.RATES["sgd"], (0.5, 0.4, None), strict=True))
+    for source, (rate, loss), fold in itertools.product(optimisers.SETS, losses.items(), (0, 1)):
+        history = [{"val": 0.7 + fold / 10, "val_loss": (loss or 0) + fold, "seconds": 1.0}]
+        result = {"diverged": "x"} if loss is None else {"history": history, "best": {"test": 0}, "state_bytes": 2e6}
+        store.keep(Job(source.name, optimisers._label("sgd", rate), fold, dict), result, lambda text: None)
+    best = optimisers.best_rate(store, "sgd")
+    assert losses[best] == 0.4
+    row = optimisers._row(store, "sgd", best, 1.5, (0, 1))
+    assert row["clothing loss"] == pytest.approx(0.9) and row["clothing val"] == pytest.approx(0.75)
+    assert (row["state MB"], row["step"], row["folds"]) == (2.0, 1.5, 2)
+    diverged = optimisers._row(store, "sgd", optimisers.RATES["sgd"][2], 1.5, (0,))
+    assert diverged["flowers loss"] is None and diverged["state MB"] is None

@@ -2,7 +2,8 @@
 
 Every rule gets what ours gets, P (O, r) and U (I, r) of each step, so that activations and gradients are the same and
 take the same memory; what differs is the state beside the factors and what is done with it. Rates are relative to the
-norm of the weight where a step has one length, absolute where it follows the gradient.
+norm of the weight where a step has one length, absolute where it follows the gradient. Rules with a mean over steps
+move each linear at its turn, as ours does.
 """
 
 from __future__ import annotations
@@ -14,32 +15,32 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from wasi_edge.layers.linear import WasiLinear
-from wasi_edge.subspace.factors import MAX_CONDITION
-from wasi_edge.subspace.weight import update_weight
-from wasi_edge.training.factor_update import ORTHONORMALISE_EVERY, FactorUpdate
+from wasi_edge.training.factor_update import FactorUpdate
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 Rule = Callable[[FactorUpdate, str, Tensor, float, int], None]
 
 
 def sgd(update: FactorUpdate, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
-    """W <- truncate(W - lr P U^T), the paper's: no state."""
-    _move(update, name, projected, _basis(update, name), learning_rate, step)
+    """W <- truncate(W - lr P U^T), the paper's: no state, so it moves at every step."""
+    update._move(name, projected, _basis(update, name), learning_rate, step, relative=False)
 
 
 def momentum(update: FactorUpdate, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
-    """The same with M V^T, the momentum in its own subspace, at every step."""
-    mean, basis = update._add_to_momentum(name, projected, _basis(update, name), True)
-    _move(update, name, mean, basis, learning_rate, step)
+    """The same with M V^T, the momentum in its own subspace."""
+    has_turn = update.has_turn(name, step)
+    mean, basis = update._add_to_momentum(name, projected, _basis(update, name), has_turn)
+    if has_turn:
+        update._move(name, mean, basis, learning_rate * update._turns, step, relative=False)
 
 
 def normalised_momentum(update: FactorUpdate, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
     """M at the length that its polar factor has, times the norm of the weight."""
-    mean, basis = update._add_to_momentum(name, projected, _basis(update, name), True)
-    length = torch.linalg.vector_norm(mean).clamp_min(1e-30)
-    rate = learning_rate * _norm(update, name)
-    _move(update, name, mean * (mean.shape[1] ** 0.5 / length), basis, rate, step)
+    has_turn = update.has_turn(name, step)
+    mean, basis = update._add_to_momentum(name, projected, _basis(update, name), has_turn)
+    if has_turn:
+        length = torch.linalg.vector_norm(mean).clamp_min(1e-30)
+        update._move(name, mean * (mean.shape[1] ** 0.5 / length), basis, learning_rate * update._turns, step)
 
 
 def adam_on_p(update: FactorUpdate, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
@@ -54,12 +55,15 @@ def adam_on_p(update: FactorUpdate, name: str, projected: Tensor, learning_rate:
     update._basis[name] = basis.clone()
     state[first].lerp_(projected, 1 - BETAS[0])
     state[second].lerp_(projected.square(), 1 - BETAS[1])
-    mean, square = state[first] / (1 - BETAS[0] ** step), state[second] / (1 - BETAS[1] ** step)
-    _move(update, name, mean / (square.sqrt() + EPS), basis, learning_rate, step)
+    if update.has_turn(name, step):
+        mean, square = state[first] / (1 - BETAS[0] ** step), state[second] / (1 - BETAS[1] ** step)
+        direction = mean / (square.sqrt() + EPS)
+        update._move(name, direction, basis, learning_rate * update._turns, step, relative=False)
 
 
 def adamw_in_factors(update: FactorUpdate, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
-    """AdamW on balanced L and R, with the gradients that P U^T of the weight gives: dL = P (R U)^T, dR = L^T P U^T."""
+    """AdamW on balanced L and R, with the gradients that P U^T of the weight gives: dL = P (R U)^T, dR = L^T P U^T; it
+    moves at every step."""
     linear, basis, state = update._linears[name], _basis(update, name), update._momentum
     left, right = linear.params["left"], linear.params["right"]
     if f"{name}.left.m" not in state:
@@ -109,20 +113,3 @@ def _basis(update: FactorUpdate, name: str) -> Tensor:
     basis = update._linears[name].basis
     assert basis is not None
     return basis
-
-
-def _norm(update: FactorUpdate, name: str) -> float:
-    linear = update._linears[name]
-    assert isinstance(linear, WasiLinear)
-    return update._wide_factors(name, linear).norm
-
-
-def _move(update: FactorUpdate, name: str, left: Tensor, basis: Tensor, rate: float, step: int) -> None:
-    """One exact WSI step along `left` `basis`^T, as `FactorUpdate` takes it."""
-    linear = update._linears[name]
-    assert isinstance(linear, WasiLinear)
-    factors = update._wide_factors(name, linear)
-    condition = update_weight(factors, left, basis, rate, update._weight_decay)
-    if step % ORTHONORMALISE_EVERY == 0 or not condition <= MAX_CONDITION:
-        update._orthonormalise(name, linear, factors)
-    update._put_back(linear, factors, name, step)

@@ -82,21 +82,26 @@ class FactorUpdate:
         self.seconds += time.perf_counter() - began
 
     def _update(self, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
-        linear, has_turn = self._linears[name], self.has_turn(name, step)
-        assert linear.basis is not None
-        momentum, basis = self._add_to_momentum(name, projected, linear.basis, has_turn)
-        if not has_turn:
-            return
-        learning_rate *= self._turns
-        direction = polar_factor(momentum)
+        gradient_basis, has_turn = self._linears[name].basis, self.has_turn(name, step)
+        assert gradient_basis is not None
+        momentum, basis = self._add_to_momentum(name, projected, gradient_basis, has_turn)
+        if has_turn:
+            self._move(name, polar_factor(momentum), basis, learning_rate * self._turns, step)
+
+    def _move(
+        self, name: str, direction: Tensor, basis: Tensor, learning_rate: float, step: int, relative: bool = True
+    ) -> None:
+        """The weight along `direction` `basis`^T, by a rate that is `relative` to the weight's norm or is not."""
+        linear = self._linears[name]
         if isinstance(linear, AsiLinear):
             weight = linear.params["weight"]
-            rate = learning_rate * float(torch.linalg.vector_norm(weight))
+            rate = learning_rate * (float(torch.linalg.vector_norm(weight)) if relative else 1.0)
             weight.addmm_(direction, basis.t(), beta=1 - rate * self._weight_decay, alpha=-rate)
             return
         assert isinstance(linear, WasiLinear)
         factors = self._wide_factors(name, linear)
-        condition = update_weight(factors, direction, basis, learning_rate * factors.norm, self._weight_decay)
+        rate = learning_rate * (factors.norm if relative else 1.0)
+        condition = update_weight(factors, direction, basis, rate, self._weight_decay)
         first = self._number[name] * ORTHONORMALISE_EVERY // len(self._number)
         if (step - first) % ORTHONORMALISE_EVERY < self._turns or not condition <= MAX_CONDITION:
             self._orthonormalise(name, linear, factors)
