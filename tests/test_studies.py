@@ -259,6 +259,26 @@ def test_learns_the_same_where_tensors_are_placed(subject: Subject, method: str,
         assert there["val_loss"] == pytest.approx(entry["val_loss"], rel=1e-3)
 
 
+def test_two_commands_of_one_study_keep_each_others_results(tmp_path: Path) -> None:
+    first, second = (Store("study", {"cpu": cpu}, tmp_path) for cpu in ("a", "b"))
+    for store, label in ((first, "one"), (second, "two"), (first, "three")):
+        store.keep(Job("set", label, 0, dict), {"test": 0.5}, lambda text: None)
+    held = json.loads((tmp_path / "study.json").read_text())
+    assert {key: run["machine"] for key, run in held["runs"].items()} == {
+        "set | one | 0": 0,
+        "set | two | 0": 1,
+        "set | three | 0": 0,
+    }
+
+
+def test_a_result_of_other_settings_is_not_shown(tmp_path: Path) -> None:
+    store, (old, new) = Store("study", {}, tmp_path), (Job("set", "a", 0, dict, {"rate": rate}) for rate in (0.1, 0.2))
+    store.keep(old, {"test": 0.5}, lambda text: None)
+    assert store.of("set", "a")
+    store.expect([new])
+    assert not store.of("set", "a") and store.missing([new]) == [new]
+
+
 def test_a_result_of_other_settings_is_measured_again(tmp_path: Path) -> None:
     def job(rate: float) -> Job:
         return Job("set", "a", 0, lambda: {"test": rate}, {"rate": rate, "sizes": (1, 2)})

@@ -44,6 +44,7 @@ def main() -> None:
         store = Store(given.study, this_machine(name_of(given.device) if given.device and not given.table else None))
     except RuntimeError as error:
         parser.error(str(error))
+    store.expect(jobs)
     if not given.table:
         work_through(store, jobs, given.processes, say, apart=given.processes > 1 or given.device is not None)
     _print_table(store, list(dict.fromkeys((job.group, job.label) for job in jobs)))

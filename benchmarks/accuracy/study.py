@@ -41,13 +41,11 @@ class Store:
     """Results of a study in `results/<name>.json`, each with the number of the machine in `machines` it came from."""
 
     def __init__(self, name: str, machine: dict[str, Any], folder: Path = RESULTS) -> None:
-        self._path = folder / f"{name}.json"
-        held = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self.runs: dict[str, dict[str, Any]] = held.get("runs", {})
-        self._machines: list[dict[str, Any]] = held.get("machines", [])
-        if machine not in self._machines:
-            self._machines.append(machine)
-        self._machine = self._machines.index(machine)
+        self._path, self._machine = folder / f"{name}.json", machine
+        self.runs: dict[str, dict[str, Any]] = {}
+        self._machines: list[dict[str, Any]] = []
+        self._expected: dict[str, Any] = {}
+        self._read()
 
     def run(self, jobs: Iterable[Job], say: Callable[[str], None] = print) -> None:
         """Do what is not there yet, in the order given."""
@@ -56,27 +54,40 @@ class Store:
 
     def missing(self, jobs: Iterable[Job]) -> list[Job]:
         """Those that are not there yet, in the order given."""
-        return [job for job in jobs if not self._has(job)]
+        every = list(jobs)
+        self.expect(every)
+        return [job for job in every if not self._counts(job.key)]
+
+    def expect(self, jobs: Iterable[Job]) -> None:
+        """From now on results of these jobs that were made with other settings do not count."""
+        self._expected |= {job.key: json.loads(json.dumps(job.settings)) for job in jobs}
 
     def keep(self, job: Job, result: dict[str, Any], say: Callable[[str], None]) -> None:
-        """Write the result of a job down."""
+        """Write the result of a job down, beside what another command of the study has written meanwhile."""
+        self._read()
+        if self._machine not in self._machines:
+            self._machines.append(self._machine)
         settings = {"settings": dict(job.settings)} if job.settings else {}
-        self.runs[job.key] = result | settings | {"machine": self._machine}
+        self.runs[job.key] = result | settings | {"machine": self._machines.index(self._machine)}
         self._write()
         say(f"{job.key}: {_in_short(result)}")
-
-    def _has(self, job: Job) -> bool:
-        held = self.runs.get(job.key)
-        return held is not None and held.get("settings", {}) == json.loads(json.dumps(job.settings))
 
     def of(self, group: str, label: str) -> dict[int, dict[str, Any]]:
         """Results of a row by split."""
         found = {}
         for key, result in self.runs.items():
             in_group, in_label, split = key.split(" | ")
-            if (in_group, in_label) == (group, label):
+            if (in_group, in_label) == (group, label) and self._counts(key):
                 found[int(split)] = result
         return found
+
+    def _counts(self, key: str) -> bool:
+        held = self.runs.get(key)
+        return held is not None and held.get("settings", {}) == self._expected.get(key, held.get("settings", {}))
+
+    def _read(self) -> None:
+        held = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self.runs, self._machines = held.get("runs", {}), held.get("machines", [])
 
     def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,16 @@ from typing import Any
 from benchmarks.accuracy.converted import converted
 from benchmarks.accuracy.datasets import random_split
 from benchmarks.accuracy.learn import Variant, kept_epochs
-from benchmarks.accuracy.studies import CALIBRATION, CLAIM_SETS, CONVERTED, DENSE_MODEL, EPSILON, claim_rows
+from benchmarks.accuracy.studies import (
+    CALIBRATION,
+    CLAIM_SETS,
+    CONVERTED,
+    DENSE_MODEL,
+    EPSILON,
+    REPEATS,
+    against_vanilla,
+    claim_rows,
+)
 from benchmarks.accuracy.study import Store, this_machine, write_table
 from wasi_edge.bench.contestant import Contestant, Entry, free_choices
 from wasi_edge.bench.subject import Subject, find_subject
@@ -40,6 +49,7 @@ def main() -> None:
     given = parser.parse_args()
     source = next(source for source in CLAIM_SETS if source.name == given.data)
     store = Store("against_vanilla", this_machine())
+    store.expect(against_vanilla([source.name], REPEATS["against_vanilla"]))
     variants = {row: variant for row, variant in claim_rows(source).items() if variant.method != "head"}
     histories = {row: [run["history"] for run in store.of(given.data, row).values()] for row in variants}
     photos, conversion = source.photos(), 0.0
@@ -66,7 +76,7 @@ def main() -> None:
         found = {"row": row, "best": max(curves[row]), "epochs": epochs, "seconds of a step": step, "seconds": whole}
         rows.append(found | {"test after each epoch": [round(value, 4) for value in curves[row]]})
     converting_took = f"; conversion {conversion:.0f} s" if CONVERTED in curves else ""
-    write_table("time_to_accuracy", rows, f"{given.data}: seconds to {target:.4f}{converting_took}")
+    write_table(f"time_to_accuracy-{source.name}", rows, f"{given.data}: seconds to {target:.4f}{converting_took}")
 
 
 def all_tested(histories: Sequence[Sequence[dict[str, Any]]]) -> bool:
