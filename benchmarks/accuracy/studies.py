@@ -57,7 +57,6 @@ RECIPES: dict[str, Variant] = {
     "vanilla": VANILLA,
     "vanilla, lr 2e-5": replace(VANILLA, learning_rate=2e-5),
     "vanilla, lr 1e-4": replace(VANILLA, learning_rate=1e-4),
-    "vanilla, lr 1e-4, stem 1/32": replace(VANILLA, learning_rate=1e-4, stem_rate=1 / 32),
     "lora, lr 5e-4": Variant("lora", learning_rate=5e-4, epochs=10),
     "lora, lr 1e-3": Variant("lora", learning_rate=1e-3, epochs=10),
 }

@@ -28,5 +28,5 @@ def epochs(method: str) -> int:
 
 
 def learning_rate(method: str) -> float:
-    """Peak learning rate."""
+    """Before the schedule, whose peak is below one where the rise is long (`training/loop.py`)."""
     return _LEARNING_RATE[method]
