@@ -18,12 +18,13 @@ from photos import save_jpeg, scene
 from tiny_artefact import write_tiny
 
 from benchmarks.accuracy import datasets, optimisers, time_to_accuracy
-from benchmarks.accuracy.converted import converted_by_command
+from benchmarks.accuracy.converted import converted, converted_by_command, simpler, whole
 from benchmarks.accuracy.datasets import Photos, folds, random_split
 from benchmarks.accuracy.learn import ONE_RATE, Variant, head_accuracy, kept_epochs, learn, photo_features
 from benchmarks.accuracy.processes import run_beside
 from benchmarks.accuracy.study import Job, Store, paired_difference
 from benchmarks.paper import fig3b_iteration, formulas, rank_selection
+from wasi_edge.artefact import read_config
 from wasi_edge.bench.subject import Subject, find_subject
 from wasi_edge.subspace.factors import orthonormal_pair
 from wasi_edge.training import factor_update
@@ -91,6 +92,20 @@ def test_converts_as_a_user_does(tmp_path: Path) -> None:
     assert folder is not None and not folder.exists()
     with pytest.raises(subprocess.CalledProcessError), converted_by_command(str(dense), paths, 0.5, 16, "1MB"):
         pass
+
+
+def test_simpler_conversions_are_as_large_and_further_from_the_dense_network(tmp_path: Path, photos: Photos) -> None:
+    dense = str(write_tiny(tmp_path / "dense", rank=None, labels=None))
+    wanted = photo_features(find_subject(dense), photos)
+    errors, sizes = {}, set()
+    for less in ((False, False), (True, False), (False, True), (True, True)):
+        with simpler(*less), converted(dense, photos, np.arange(60), 60, 0.6, 16) as (made, _):
+            errors[less] = float((photo_features(made, photos) - wanted).norm() / wanted.norm())
+            shapes = read_config(made.folder).linears
+        sizes.add(sum(rank * sum(made.geometry.linear_shapes()[name]) for name, rank in shapes.items()))
+    assert errors[False, False] < min(errors[True, True], errors[False, True])
+    assert len(set(errors.values())) == 4 and max(sizes) - min(sizes) < 60
+    assert whole._spread.__name__ == "_spread"
 
 
 def test_split_is_complete_disjoint_and_as_large_as_said(photos: Photos) -> None:

@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from benchmarks.accuracy.datasets import Photos
 from wasi_edge.bench.subject import Subject, find_subject
+from wasi_edge.conversion import convert as whole
+from wasi_edge.conversion import regression
 from wasi_edge.conversion.calibration import spread
 from wasi_edge.conversion.convert import Calibration, Settings, convert
 from wasi_edge.conversion.sources import open_source
@@ -38,6 +41,20 @@ def converted(
             convert(source, Path(folder) / "model", settings, views, {}, lambda done, total: None)
         seconds = time.monotonic() - began
         yield find_subject(str(Path(folder) / "model"), size), seconds
+
+
+@contextmanager
+def simpler(plain_ranks: bool, truncated: bool) -> Iterator[None]:
+    """Within, conversions do less with the photos, at the same number of parameters: the ranks are those that epsilon
+    gives each linear, or factors are those of the dense weight in the metric of the inputs, with its mean outputs."""
+    spread_ranks, regressed = whole._spread, regression._regressed_weight
+    as_they_are = lambda ranks, *_: ranks  # noqa: E731
+    as_it_is = lambda weight, covariance, _: weight.to(covariance.dtype)  # noqa: E731
+    with (
+        mock.patch.object(whole, "_spread", as_they_are if plain_ranks else spread_ranks),
+        mock.patch.object(regression, "_regressed_weight", as_it_is if truncated else regressed),
+    ):
+        yield
 
 
 @contextmanager

@@ -7,6 +7,7 @@ measured on random splits, the same for every method (`against_vanilla`).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -16,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.accuracy.converted import converted, converted_by_command
+from benchmarks.accuracy.converted import converted, converted_by_command, simpler
 from benchmarks.accuracy.datasets import ROOT, Photos, Split, all_photos, folds, load_photos, random_split
 from benchmarks.accuracy.learn import ONE_RATE, Variant, head_accuracy, learn, photo_features, settings_of
 from benchmarks.accuracy.study import Job
+from wasi_edge.artefact import read_config
 from wasi_edge.bench.subject import Subject, find_subject
 
 EPSILON, CALIBRATION = 0.8, 400
@@ -160,13 +162,15 @@ def _head_test(name: str, model: str, per_class: int | None, train: int, test: i
 
 # what a conversion is calibrated on
 CONVERTED_BY = ("nothing", "photos-1k", "its photos")
+# what the photos decide less of: plain ranks, factors by truncation
+SIMPLER = {"ranks of epsilon, truncated": (True, True), "ranks of epsilon": (True, False), "truncated": (False, True)}
 
 
 def conversion(datasets: list[str], repeats: int) -> Iterator[Job]:
     """The dense network converted by the command, at most 512 MB: its closed-form head, and WASI at `EVEN` from there.
 
     200 photos of `clothing` are calibrated on and trained on, 200 others tested on, as `embedded_heads` has them; the
-    rest choose the epoch.
+    rest choose the epoch. And what each half of the calibration is worth: the ranks, and the factors.
     """
     subject, source = _subject(DENSE_MODEL, 168), Source("clothing", 168)
     for split in range(repeats):
@@ -176,6 +180,10 @@ def conversion(datasets: list[str], repeats: int) -> Iterator[Job]:
                 settings = settings_of(EVEN, subject, epsilon=epsilon, calibration=calibration)
                 run = partial(_conversion, source, calibration, epsilon, split)
                 yield Job(source.name, f"{epsilon}, calibrated on {calibration}", split, run, settings)
+            for label, less in SIMPLER.items():
+                settings = settings_of(EVEN, subject, epsilon=epsilon, calibration="its photos", less=less)
+                run = partial(_simpler_conversion, source, less, epsilon, split)
+                yield Job(source.name, f"{epsilon}, calibrated on its photos, {label}", split, run, settings)
 
 
 def _dense_heads(source: Source, split: int) -> dict[str, Any]:
@@ -192,9 +200,26 @@ def _conversion(source: Source, calibration: str, epsilon: float, split: int) ->
     elif calibration == "photos-1k":
         paths = all_photos(ROOT / "photos-1k")
     with converted_by_command(DENSE_MODEL, paths, epsilon, source.size, "512MB") as (subject, measured):
-        heads = _heads(photo_features(subject, photos), photos, parts)
-        tuned = learn(subject, photos, parts, EVEN, split)["best"]
-    return {**heads, "tuned": tuned["test"], "tuned_val": tuned["val"], **measured}
+        return _before_and_after(subject, photos, parts, split) | measured
+
+
+def _simpler_conversion(source: Source, less: tuple[bool, bool], epsilon: float, split: int) -> dict[str, Any]:
+    photos = source.photos()
+    parts = _conversion_split(photos, split)
+    with (
+        simpler(*less),
+        converted(DENSE_MODEL, photos, parts.train, len(parts.train), epsilon, source.size) as (subject, seconds),
+    ):
+        assert subject.folder is not None
+        shapes = read_config(subject.folder).tensor_shapes().values()
+        measured = {"seconds": round(seconds, 1), "stored_parameters": sum(map(math.prod, shapes))}
+        return _before_and_after(subject, photos, parts, split) | measured
+
+
+def _before_and_after(subject: Subject, photos: Photos, parts: Split, seed: int) -> dict[str, Any]:
+    heads = _heads(photo_features(subject, photos), photos, parts)
+    tuned = learn(subject, photos, parts, EVEN, seed)["best"]
+    return {**heads, "tuned": tuned["test"], "tuned_val": tuned["val"]}
 
 
 def _conversion_split(photos: Photos, split: int) -> Split:
