@@ -27,7 +27,6 @@ from benchmarks.paper import fig3b_iteration, formulas, rank_selection
 from wasi_edge.artefact import read_config
 from wasi_edge.bench.subject import Subject, find_subject
 from wasi_edge.subspace.factors import orthonormal_pair
-from wasi_edge.training import factor_update
 
 
 @pytest.fixture
@@ -51,9 +50,7 @@ def dark_and_light(subject: Subject) -> Photos:
 
 @pytest.fixture(autouse=True)
 def gradients_as_before():
-    momentum = factor_update.MOMENTUM
     yield
-    factor_update.MOMENTUM = momentum
     torch.set_grad_enabled(True)
 
 

@@ -28,7 +28,7 @@ from wasi_edge.method import Method
 from wasi_edge.models.network import build_network
 from wasi_edge.planner.choices import usual_blocks
 from wasi_edge.preprocess import normalise
-from wasi_edge.training import defaults, factor_update
+from wasi_edge.training import defaults
 from wasi_edge.training.choosing import is_kept
 from wasi_edge.training.head import fit_head
 from wasi_edge.training.loop import Hooks, LoopSettings, Progress, note_epoch, train, validate
@@ -58,7 +58,6 @@ class Variant:
     label_smoothing: float = defaults.LABEL_SMOOTHING
     weight_decay: float = defaults.WEIGHT_DECAY
     gradient_rank: int = defaults.GRADIENT_RANK
-    momentum: float = factor_update.MOMENTUM
     smallest_crop: float = SCALE_RANGE[0]
     batch: int = defaults.BATCH
 
@@ -119,7 +118,6 @@ def learn(
     before the first epoch, as epoch 0, and after every one.
     """
     torch.set_grad_enabled(False)
-    factor_update.MOMENTUM = variant.momentum
     method = Method(variant.method)
     choices = free_choices(variant.batch, variant.trained_blocks(subject.geometry.depth), variant.gradient_rank)
     epsilon = (variant.epsilon or subject.own_epsilon) if method.has_factors else None
