@@ -7,6 +7,7 @@ it as you like.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from functools import partial
 from statistics import fmean as _mean
 from statistics import stdev
@@ -51,28 +52,41 @@ def main() -> None:
 
 
 def _print_table(store: Store, rows: list[tuple[str, str]]) -> None:
-    reference: dict[str, dict[int, float]] = {}
     if any("history" not in run for run in store.runs.values()):
         _print_tests(store, rows)
         return
     print("data | variant | head val | best val | val loss | test | against the first | seconds")
-    for group, label in rows:
-        runs = store.of(group, label)
-        if not runs:
-            continue
-        test = {split: run["best"]["test"] for split, run in runs.items()}
-        value = {split: run["best"]["val"] for split, run in runs.items()}
-        first = reference.setdefault(group, test)
-        difference, interval, count = paired_difference(test, first)
-        first_head = _mean(run["history"][0]["val"] for run in runs.values())
-        last_loss = _mean(run["history"][-1]["val_loss"] for run in runs.values())
-        seconds = _mean(run["history"][-1]["seconds"] for run in runs.values())
-        print(
-            f"{group} | {label} | {first_head:.3f} | {_mean(value.values()):.3f} | {last_loss:.4f}"
-            f" | {_mean(test.values()):.4f} | {100 * difference:+.2f} +- {100 * interval:.2f} ({count}) | {seconds:.0f}"
-        )
+    tests = {row: {split: run["best"]["test"] for split, run in store.of(*row).items()} for row in rows}
+    for (group, label), against in _against_the_first(tests).items():
+        runs = store.of(group, label).values()
+        head, value = _mean(run["history"][0]["val"] for run in runs), _mean(run["best"]["val"] for run in runs)
+        last_loss, seconds = (_mean(run["history"][-1][key] for run in runs) for key in ("val_loss", "seconds"))
+        mean = _mean(tests[group, label].values())
+        print(f"{group} | {label} | {head:.3f} | {value:.3f} | {last_loss:.4f} | {mean:.4f} | {against} | {seconds:.0f}")
     for group, label in rows:
         _print_seeds(store, group, label)
+
+
+def _print_tests(store: Store, rows: list[tuple[str, str]]) -> None:
+    print("data | variant | test | against the first | what else was measured, mean")
+    tests = {row: {split: run["test"] for split, run in store.of(*row).items()} for row in rows}
+    for (group, label), against in _against_the_first(tests).items():
+        runs = store.of(group, label).values()
+        numbers = [key for key, value in next(iter(runs)).items() if isinstance(value, int | float)]
+        means = {key: _mean(run[key] for run in runs) for key in numbers if key not in ("test", "machine")}
+        others = ", ".join(f"{key} {mean:.4g}" for key, mean in means.items())
+        print(f"{group} | {label} | {_mean(tests[group, label].values()):.4f} | {against} | {others}")
+
+
+def _against_the_first(tests: Mapping[tuple[str, str], dict[int, float]]) -> dict[tuple[str, str], str]:
+    """Of every row (group, label) that has results, the paired difference to the first row of its group, in percent."""
+    first: dict[str, dict[int, float]] = {}
+    found = {}
+    for (group, label), values in tests.items():
+        if values:
+            difference, interval, count = paired_difference(values, first.setdefault(group, values))
+            found[group, label] = f"{100 * difference:+.2f} +- {100 * interval:.2f} ({count})"
+    return found
 
 
 def _print_seeds(store: Store, group: str, label: str) -> None:
@@ -89,21 +103,6 @@ def _print_seeds(store: Store, group: str, label: str) -> None:
         difference, interval, count = paired_difference(means, theirs)
         text += f" | - {other} {100 * difference:+.2f} +- {100 * interval:.2f} ({count})"
     print(f"{text} | over seeds +- {100 * _mean(map(stdev, tests.values())):.2f}")
-
-
-def _print_tests(store: Store, rows: list[tuple[str, str]]) -> None:
-    reference: dict[str, dict[int, float]] = {}
-    print("data | variant | test | against the first | what else was measured, mean")
-    for group, label in rows:
-        runs = store.of(group, label)
-        test = {split: run["test"] for split, run in runs.items()}
-        if test:
-            difference, interval, count = paired_difference(test, reference.setdefault(group, test))
-            against = f"{100 * difference:+.2f} +- {100 * interval:.2f} ({count})"
-            more = [key for key, value in next(iter(runs.values())).items() if isinstance(value, int | float)]
-            means = {key: _mean(run[key] for run in runs.values()) for key in more if key not in ("test", "machine")}
-            others = ", ".join(f"{key} {mean:.4g}" for key, mean in means.items())
-            print(f"{group} | {label} | {_mean(test.values()):.4f} | {against} | {others}")
 
 
 if __name__ == "__main__":
