@@ -62,7 +62,9 @@ def _print_table(store: Store, rows: list[tuple[str, str]]) -> None:
         head, value = _mean(run["history"][0]["val"] for run in runs), _mean(run["best"]["val"] for run in runs)
         last_loss, seconds = (_mean(run["history"][-1][key] for run in runs) for key in ("val_loss", "seconds"))
         mean = _mean(tests[group, label].values())
-        print(f"{group} | {label} | {head:.3f} | {value:.3f} | {last_loss:.4f} | {mean:.4f} | {against} | {seconds:.0f}")
+        print(
+            f"{group} | {label} | {head:.3f} | {value:.3f} | {last_loss:.4f} | {mean:.4f} | {against} | {seconds:.0f}"
+        )
     for group, label in rows:
         _print_seeds(store, group, label)
 
