@@ -34,6 +34,7 @@ from wasi_edge.training.head import fit_head
 from wasi_edge.training.loop import Hooks, LoopSettings, Progress, note_epoch, train, validate
 from wasi_edge.training.methods import make_trainer
 from wasi_edge.training.photos import PhotoSet
+from wasi_edge.training.setup import usual_recipe
 from wasi_edge.training.trainer import Recipe, Trainer
 
 _AT_ONCE = 32
@@ -75,12 +76,12 @@ class Variant:
     @property
     def recipe(self) -> Recipe:
         """Rates of a step before the schedule."""
-        rate = defaults.learning_rate(self.method) if self.learning_rate is None else self.learning_rate
-        dense = defaults.DENSE_RATE[self.method] if self.dense_rate is None else self.dense_rate
-        head = defaults.HEAD_RATE[self.method] if self.head_rate is None else self.head_rate
-        stem = defaults.STEM_RATE[self.method] if self.stem_rate is None else self.stem_rate
-        decay, clip, smoothing = self.weight_decay, defaults.CLIP_NORM, self.label_smoothing
-        return Recipe(rate, dense * rate, head * rate, decay, clip, smoothing, stem)
+        usual = usual_recipe(self.method, self.learning_rate)
+        relative = {"dense_rate": self.dense_rate, "head_rate": self.head_rate}
+        rates = {name: share * usual.learning_rate for name, share in relative.items() if share is not None}
+        stem = usual.stem_rate if self.stem_rate is None else self.stem_rate
+        more = {"weight_decay": self.weight_decay, "label_smoothing": self.label_smoothing, "stem_rate": stem}
+        return dataclasses.replace(usual, **rates, **more)
 
 
 @dataclass(frozen=True)

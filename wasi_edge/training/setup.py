@@ -44,18 +44,17 @@ def convert_for(prepared: Prepared, photos: PhotoSet, out: Path, events: Events)
         )
 
 
-def recipe_of(prepared: Prepared) -> Recipe:
-    """Learning rates and the rest, from the request and the defaults."""
-    request = prepared.request
-    rate = request.learning_rate or defaults.learning_rate(request.method)
+def usual_recipe(method: str, learning_rate: float | None = None) -> Recipe:
+    """Of a method, at its usual learning rate or another one, which the other rates follow."""
+    rate = learning_rate or defaults.learning_rate(method)
     return Recipe(
         learning_rate=rate,
-        dense_rate=rate * defaults.DENSE_RATE[request.method],
-        head_rate=rate * defaults.HEAD_RATE[request.method],
+        dense_rate=rate * defaults.DENSE_RATE[method],
+        head_rate=rate * defaults.HEAD_RATE[method],
         weight_decay=defaults.WEIGHT_DECAY,
         clip_norm=defaults.CLIP_NORM,
         label_smoothing=defaults.LABEL_SMOOTHING,
-        stem_rate=defaults.STEM_RATE[request.method],
+        stem_rate=defaults.STEM_RATE[method],
     )
 
 
@@ -70,7 +69,7 @@ def build_trainer(prepared: Prepared, model_folder: Path, active: Tensor | None)
             read,
             prepared.model.preprocessing.image_size,
             len(prepared.labels),
-            recipe_of(prepared),
+            usual_recipe(prepared.request.method, prepared.request.learning_rate),
             prepared.plan,
             prepared.request.seed,
             active,
