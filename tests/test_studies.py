@@ -344,7 +344,10 @@ def test_a_rule_that_diverges_is_a_result(subject: Subject, photos: Photos, monk
             return photos
 
     monkeypatch.setattr(optimisers, "folds", lambda name, photos, number: random_split(photos, number))
-    run = lambda rule, rate: optimisers._run(Drawn(), subject, rule, optimisers._variant(rate), 0)  # type: ignore[arg-type]  # noqa: E731
+
+    def run(rule: str, rate: float) -> dict[str, Any]:
+        return optimisers._run(Drawn(), subject, rule, optimisers._variant(rate), 0)  # type: ignore[arg-type]
+
     assert run("momentum", 1e-2)["state_bytes"] > 0
     assert list(run("adamw in factors", 1e30)) == ["diverged"]
 

@@ -86,9 +86,13 @@ def _against_the_first(tests: Mapping[tuple[str, str], dict[int, float]]) -> dic
     found = {}
     for (group, label), values in tests.items():
         if values:
-            difference, interval, count = paired_difference(values, first.setdefault(group, values))
-            found[group, label] = f"{100 * difference:+.2f} +- {100 * interval:.2f} ({count})"
+            found[group, label] = _difference(values, first.setdefault(group, values))
     return found
+
+
+def _difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
+    difference, interval, count = paired_difference(ours, theirs)
+    return f"{100 * difference:+.2f} +- {100 * interval:.2f} ({count})"
 
 
 def _print_seeds(store: Store, group: str, label: str) -> None:
@@ -102,8 +106,7 @@ def _print_seeds(store: Store, group: str, label: str) -> None:
     text = f"{group} | {label}, mean of {len(seeds)} seeds | {_mean(means.values()):.4f}"
     for other in ("head", "vanilla"):
         theirs = {split: run["best"]["test"] for split, run in store.of(group, other).items()}
-        difference, interval, count = paired_difference(means, theirs)
-        text += f" | - {other} {100 * difference:+.2f} +- {100 * interval:.2f} ({count})"
+        text += f" | - {other} {_difference(means, theirs)}"
     print(f"{text} | over seeds +- {100 * _mean(map(stdev, tests.values())):.2f}")
 
 

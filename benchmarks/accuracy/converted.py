@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -47,13 +47,12 @@ def converted(
 def simpler(plain_ranks: bool, truncated: bool) -> Iterator[None]:
     """Within, conversions do less with the photos, at the same number of parameters: the ranks are those that epsilon
     gives each linear, or factors are those of the dense weight in the metric of the inputs, with its mean outputs."""
-    spread_ranks, regressed = whole._spread, regression._regressed_weight
-    as_they_are = lambda ranks, *_: ranks  # noqa: E731
-    as_it_is = lambda weight, covariance, _: weight.to(covariance.dtype)  # noqa: E731
-    with (
-        mock.patch.object(whole, "_spread", as_they_are if plain_ranks else spread_ranks),
-        mock.patch.object(regression, "_regressed_weight", as_it_is if truncated else regressed),
-    ):
+    with ExitStack() as changed:
+        if plain_ranks:
+            changed.enter_context(mock.patch.object(whole, "_spread", lambda ranks, *_: ranks))
+        if truncated:
+            as_it_is = mock.patch.object(regression, "_regressed_weight", lambda weight, c, _: weight.to(c.dtype))
+            changed.enter_context(as_it_is)
         yield
 
 

@@ -141,14 +141,16 @@ def _step(rule: str, contestant: Contestant) -> None:
 def _row(store: Store, rule: str, rate: float, step_ratio: float, numbers: Sequence[int]) -> dict[str, Any]:
     """Accuracy and loss after the last epoch, means over folds; None where a run diverged."""
     row: dict[str, Any] = {"rule": rule, "rate": rate, "folds": len(numbers)}
+    state_megabytes = None
     for source in SETS:
         held = store.of(source.name, _label(rule, rate))
         runs = [held[number] for number in numbers]
-        diverged = any("diverged" in run for run in runs)
-        row[f"{source.name} val"] = None if diverged else fmean(run["history"][-1]["val"] for run in runs)
-        row[f"{source.name} loss"] = None if diverged else fmean(map(_last_loss, runs))
-        row["state MB"] = row.get("state MB") if diverged else max(run["state_bytes"] for run in runs) / 1e6
-    return row | {"step": step_ratio}
+        val = loss = None
+        if not any("diverged" in run for run in runs):
+            val, loss = fmean(run["history"][-1]["val"] for run in runs), fmean(map(_last_loss, runs))
+            state_megabytes = max(run["state_bytes"] for run in runs) / 1e6
+        row |= {f"{source.name} val": val, f"{source.name} loss": loss}
+    return row | {"state MB": state_megabytes, "step": step_ratio}
 
 
 if __name__ == "__main__":

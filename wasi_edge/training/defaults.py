@@ -28,5 +28,5 @@ def epochs(method: str) -> int:
 
 
 def learning_rate(method: str) -> float:
-    """Before the schedule, whose peak is below one where the rise is long (`training/loop.py`)."""
+    """Before the schedule, which stays below one where the rise is long (`training/loop.py`)."""
     return _LEARNING_RATE[method]
