@@ -36,7 +36,7 @@ ONLY_FROM = {
 # No torch at any level. In `inference` everything but the torch backend, which others import late.
 TORCH_FREE = (
     "planner", "data", "memory", "artefact", "tensorfile", "atomic", "onnx_runtime", "preprocess", "errors", "units",
-    "chunks", "keep",
+    "chunks", "keep", "children",
     "method",
     "metrics", "preprocessing", "report", "inference", "subspace.ranks", "models.geometry", "api", "doctor",
     "models.geometry_swin", "models.keys", "models.keys_", "models.hub", "models.locate", "models.windows",

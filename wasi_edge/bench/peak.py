@@ -11,6 +11,7 @@ import subprocess
 import sys
 from typing import Any
 
+from wasi_edge.children import python_command
 from wasi_edge.errors import WasiEdgeError
 
 _STEPS = 3
@@ -22,7 +23,7 @@ def measure_peak(question: dict[str, Any]) -> int:
     Raises WasiEdgeError with the last line of what the child said, if it fails.
     """
     child = subprocess.run(
-        [sys.executable, "-m", "wasi_edge.bench.peak"],
+        python_command("-m", "wasi_edge.bench.peak"),
         input=json.dumps(question),
         capture_output=True,
         text=True,

@@ -8,13 +8,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from wasi_edge.atomic import scratch
+from wasi_edge.children import python_command
 from wasi_edge.doctor.finding import Finding, bad, good, warning
 from wasi_edge.errors import reason_of_end
 from wasi_edge.memory.hardware import physical_cores
@@ -51,7 +51,7 @@ def examine_software(folder: Path, ask_torch: Callable[[], Mapping[str, Any] | s
 
 def _asked_torch() -> Mapping[str, Any] | str:
     """What torch says of itself, or the last line of why it does not."""
-    done = subprocess.run([sys.executable, "-c", _QUESTION], capture_output=True, text=True, check=False)
+    done = subprocess.run(python_command("-c", _QUESTION), capture_output=True, text=True, check=False)
     try:
         found: Mapping[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):

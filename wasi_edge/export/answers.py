@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from wasi_edge.children import python_command
 from wasi_edge.errors import ArtefactError
 
 RUNTIME, REFERENCE = "ONNX Runtime", "onnx's reference evaluator"
@@ -40,7 +41,7 @@ def answers_of(kind: str, model: Path, inputs: np.ndarray) -> np.ndarray:
     """Answers (B, C) from a child process. Raises ArtefactError with its message if it fails."""
     question = io.BytesIO()
     np.save(question, inputs)
-    command = [sys.executable, "-m", "wasi_edge.export.answers", kind, str(model)]
+    command = python_command("-m", "wasi_edge.export.answers", kind, str(model))
     done = subprocess.run(command, input=question.getvalue(), capture_output=True, check=False)
     if done.returncode != 0:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {done.returncode}"]

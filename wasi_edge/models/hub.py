@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from wasi_edge.children import python_command
 from wasi_edge.errors import ArtefactError
 
 PREFIX = "hf:"
@@ -32,7 +33,7 @@ def fetch(name: str) -> Path:
     if not _NAME.fullmatch(name):
         raise ArtefactError(f"{name} is no model of the hub; expected hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
     environment = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, "-m", "wasi_edge.models.hub", name]
+    command = python_command("-m", "wasi_edge.models.hub", name)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     try:
         answer = json.loads(done.stdout.splitlines()[-1])

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from wasi_edge.children import python_command
 from wasi_edge.errors import Interrupted, WasiEdgeError, reason_of_end
 from wasi_edge.memory.process import ProcessMemory
 from wasi_edge.method import Method
@@ -95,7 +96,7 @@ def _run_child(question: str, stop_wanted: Callable[[], bool]) -> tuple[str, str
     """What the child writes to stdout and stderr, and its return code. In a session of its own, a Ctrl-C reaches this
     process alone."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "wasi_edge.training.probe"],
+        python_command("-m", "wasi_edge.training.probe"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
