@@ -278,3 +278,21 @@ def test_more_blocks_than_there_are_and_other_methods_are_usage_errors(base, tmp
         done = run(*finetune(base, tmp_path / "out", *more))
         assert done.returncode == 2 and "--train-blocks" in json.loads(done.stdout)["error"]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_that_is_asked_for_is_trained_with_and_has_to_be_asked_for_again(base, tmp_path):
+    out = tmp_path / "out"
+    plain, asked = (report_of(run(*finetune(base, out, "--dry-run", *more))) for more in ((), ("--rank", 5)))
+    assert (plain["plan"]["gradient_rank"], asked["plan"]["gradient_rank"]) == (32, 5)
+    assert asked["planned_peak_rss_bytes"] < plain["planned_peak_rss_bytes"]
+    arguments = finetune(base, out, "--epochs", 5, "--checkpoint-every", "0.01s")
+    kill_when((*arguments, "--rank", 5), lambda: any((out / "checkpoint").glob("step-*/manifest.json")))
+    refused = run(*arguments, "--rank", 6, "--resume")
+    assert refused.returncode == 2 and "rank (was 5, now 6)" in json.loads(refused.stdout)["error"]
+    report = report_of(run(*arguments, "--rank", 5, "--resume"))
+    assert report["status"] == "completed" and report["plan"]["gradient_rank"] == 5
+    assert tensors(out)["blocks.1.qkv.left"].shape == tensors(base / "model")["blocks.1.qkv.left"].shape
+    lora = finetune(base, tmp_path / "other", "--method", "lora", "--rank", 5)
+    other = run(*(argument for argument in lora if argument not in ("--train-blocks", 1)))
+    assert other.returncode == 2 and "--rank" in json.loads(other.stdout)["error"]
+    assert not (tmp_path / "other").exists()

@@ -59,6 +59,10 @@ def finetune(
             min=1, help="Train the last N blocks alone.", show_default="half of them, or as many as fit the budget"
         ),
     ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Directions of its inputs that a layer learns from in a step.", show_default="32"),
+    ] = None,
     max_temp: Annotated[float | None, typer.Option(help="Pause above this CPU temperature, Celsius.")] = None,
     nice: Annotated[int | None, typer.Option(min=0, max=19, help="Give way to other programs: 0 to 19.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
@@ -86,6 +90,7 @@ def finetune(
         batch=batch,
         learning_rate=lr,
         train_blocks=train_blocks,
+        gradient_rank=rank,
         max_temperature=max_temp,
         nice=nice,
         threads=threads,

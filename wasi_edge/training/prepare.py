@@ -102,7 +102,7 @@ def prepare(request: FinetuneRequest, events: Events, stop_wanted: Callable[[], 
         model.geometry,
         model.preprocessing.image_size,
         request.method,
-        defaults.GRADIENT_RANK,
+        work.gradient_rank,
         ranks,
         str(model.folder),
         model.convert_epsilon,
@@ -219,10 +219,11 @@ def _work(request: FinetuneRequest, folder: PhotoFolder, geometry: Geometry) -> 
     else:
         num_val = round(len(folder.photos) * request.val_split)
         num_train = len(folder.photos) - num_val
+    for flag, value in (("--train-blocks", request.train_blocks), ("--rank", request.gradient_rank)):
+        if value is not None and not request.method.is_explicit:
+            raise UsageError(f"{flag} is for --method wasi, wsi and asi; {request.method} has no say in it")
     blocks = usual_blocks(request.method, geometry.depth)
     if request.train_blocks is not None:
-        if not request.method.is_explicit:
-            raise UsageError(f"--train-blocks is for --method wasi, wsi and asi; {request.method} has no say in it")
         if request.train_blocks > geometry.depth:
             raise UsageError(f"--train-blocks {request.train_blocks}: the model has {geometry.depth} blocks")
         blocks = request.train_blocks
@@ -231,7 +232,7 @@ def _work(request: FinetuneRequest, folder: PhotoFolder, geometry: Geometry) -> 
         num_val=num_val,
         epochs=request.epochs or defaults.epochs(request.method),
         batch=min(request.batch or defaults.BATCH, max(num_train, 1)),
-        gradient_rank=defaults.GRADIENT_RANK,
+        gradient_rank=request.gradient_rank or defaults.GRADIENT_RANK,
         blocks=blocks,
         blocks_named=request.train_blocks is not None,
     )

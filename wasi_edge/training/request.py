@@ -23,6 +23,7 @@ class FinetuneRequest:
     out             folder of the result; the command line has already chosen one
     max_seconds     stop in time to be done by then
     train_blocks    blocks that learn, counted from the end
+    gradient_rank   directions of each linear's inputs that its gradient keeps
     checkpoint_seconds  time between checkpoints
     """
 
@@ -40,6 +41,7 @@ class FinetuneRequest:
     batch: int | None = None
     learning_rate: float | None = None
     train_blocks: int | None = None
+    gradient_rank: int | None = None
     max_temperature: float | None = None
     nice: int | None = None
     threads: int | None = None

@@ -109,6 +109,7 @@ def _choices(prepared: Prepared) -> dict[str, Any]:
         "image_size": prepared.model.preprocessing.image_size,
         "lr": request.learning_rate,
         "train_blocks": request.train_blocks,
+        "rank": request.gradient_rank,
     }
 
 
