@@ -36,7 +36,7 @@ from wasi_edge.bench.contestant import Contestant, Entry, free_choices
 from wasi_edge.bench.subject import Subject, find_subject
 from wasi_edge.bench.timing import interleave
 from wasi_edge.method import Method
-from wasi_edge.training.defaults import BATCH, GRADIENT_RANK
+from wasi_edge.training.defaults import BATCH
 
 MARGIN = 0.01
 
@@ -111,7 +111,7 @@ def _seconds(
     for row, subject in subjects.items():
         method = Method(variants[row].method)
         entry = Entry(row, method, EPSILON if method.has_factors else None)
-        choices = free_choices(BATCH, variants[row].trained_blocks(subject.geometry.depth), GRADIENT_RANK)
+        choices = free_choices(BATCH, variants[row].trained_blocks(subject.geometry.depth), variants[row].gradient_rank)
         built[row] = Contestant(subject, entry, choices, BATCH, 0)
     steps = interleave({row: contestant.step for row, contestant in built.items()}, rounds, warm_up=2)
     passes = interleave({row: contestant.infer for row, contestant in built.items()}, rounds)
