@@ -6,7 +6,8 @@ The curve of a row is the test accuracy, after each epoch, of the model that `fi
 splits. The accuracy asked for is the highest of vanilla's curve less one point. Steps of all rows are timed
 interleaved, on as many threads as torch takes; the head's pass over the training photos counts, validation does not,
 and where the dense network is converted first, so does the conversion. A row whose runs did not look at the test photos
-after every epoch, or which has none, is left out; delete its runs and make them again.
+after every epoch has no curve, only the seconds of all its epochs, and where that is vanilla no row has one; delete its
+runs and make them again. A row without runs is left out.
 """
 
 from __future__ import annotations
@@ -55,28 +56,34 @@ def main() -> None:
     photos, conversion = source.photos(), 0.0
     split = random_split(photos, 0)
     train, count = split.train, len(split.val)
-    try:
-        curves = {row: curve(runs, count) for row, runs in histories.items() if row == "vanilla" or all_tested(runs)}
-    except ValueError as error:
-        parser.error(f"vanilla on {given.data}: {error}")
+    done = [row for row, runs in histories.items() if runs]
+    if "vanilla" not in done:
+        parser.error(f"vanilla has no runs on {given.data}; make study-against_vanilla makes them")
+    curves = {row: curve(histories[row], count) for row in done if all_tested(histories[row])}
     with ExitStack() as held:
         dense, default = (find_subject(model, source.size) for model in (DENSE_MODEL, "default"))
-        subjects = {row: dense if row == "vanilla" else default for row in curves}
-        if CONVERTED in curves:
+        subjects = {row: dense if row == "vanilla" else default for row in done}
+        if CONVERTED in done:
             factored = converted(DENSE_MODEL, photos, train, CALIBRATION, EPSILON, source.size)
             subjects[CONVERTED], conversion = held.enter_context(factored)
         seconds = _seconds(subjects, variants, len(train), given.rounds)
-    target = max(curves["vanilla"]) - MARGIN
+    target = max(curves["vanilla"]) - MARGIN if "vanilla" in curves else math.inf
     rows = []
-    for row in curves:
-        epochs = first_reaching(curves[row], target)
+    for row in done:
+        reached = first_reaching(curves.get(row, []), target)
         start, step = seconds[row]
         start += conversion if row == CONVERTED else 0.0
-        whole = None if epochs is None else start + epochs * math.ceil(len(train) / BATCH) * step
-        found = {"row": row, "best": max(curves[row]), "epochs": epochs, "seconds of a step": step, "seconds": whole}
-        rows.append(found | {"test after each epoch": [round(value, 4) for value in curves[row]]})
-    converting_took = f"; conversion {conversion:.0f} s" if CONVERTED in curves else ""
-    write_table(f"time_to_accuracy-{source.name}", rows, f"{given.data}: seconds to {target:.4f}{converting_took}")
+        epoch = math.ceil(len(train) / BATCH) * step
+        found: dict[str, Any] = {"row": row, "seconds of a step": step}
+        found["seconds of all epochs"] = start + variants[row].epochs * epoch
+        if row in curves:
+            found |= {"best": max(curves[row]), "epochs": reached}
+            found["seconds"] = None if reached is None else start + reached * epoch
+            found["test after each epoch"] = [round(value, 4) for value in curves[row]]
+        rows.append(found)
+    asked = f"seconds to {target:.4f}" if "vanilla" in curves else "vanilla has no curve"
+    converting_took = f"; conversion {conversion:.0f} s" if CONVERTED in done else ""
+    write_table(f"time_to_accuracy-{source.name}", rows, f"{given.data}: {asked}{converting_took}")
 
 
 def all_tested(histories: Sequence[Sequence[dict[str, Any]]]) -> bool:
