@@ -52,24 +52,24 @@ def main() -> None:
     store = Store("against_vanilla", this_machine())
     store.expect(against_vanilla([source.name], REPEATS["against_vanilla"]))
     variants = {row: variant for row, variant in claim_rows(source).items() if variant.method != "head"}
-    histories = {row: [run["history"] for run in store.of(given.data, row).values()] for row in variants}
+    runs = {row: store.of(given.data, row).values() for row in variants}
+    histories = {row: [run["history"] for run in found] for row, found in runs.items() if found}
     photos, conversion = source.photos(), 0.0
     split = random_split(photos, 0)
     train, count = split.train, len(split.val)
-    done = [row for row, runs in histories.items() if runs]
-    if "vanilla" not in done:
+    if "vanilla" not in histories:
         parser.error(f"vanilla has no runs on {given.data}; make study-against_vanilla makes them")
-    curves = {row: curve(histories[row], count) for row in done if all_tested(histories[row])}
+    curves = {row: curve(found, count) for row, found in histories.items() if all_tested(found)}
     with ExitStack() as held:
         dense, default = (find_subject(model, source.size) for model in (DENSE_MODEL, "default"))
-        subjects = {row: dense if row == "vanilla" else default for row in done}
-        if CONVERTED in done:
+        subjects = {row: dense if row == "vanilla" else default for row in histories}
+        if CONVERTED in histories:
             factored = converted(DENSE_MODEL, photos, train, CALIBRATION, EPSILON, source.size)
             subjects[CONVERTED], conversion = held.enter_context(factored)
         seconds = _seconds(subjects, variants, len(train), given.rounds)
     target = max(curves["vanilla"]) - MARGIN if "vanilla" in curves else math.inf
     rows = []
-    for row in done:
+    for row in histories:
         reached = first_reaching(curves.get(row, []), target)
         start, step = seconds[row]
         start += conversion if row == CONVERTED else 0.0
@@ -82,7 +82,7 @@ def main() -> None:
             found["test after each epoch"] = [round(value, 4) for value in curves[row]]
         rows.append(found)
     asked = f"seconds to {target:.4f}" if "vanilla" in curves else "vanilla has no curve"
-    converting_took = f"; conversion {conversion:.0f} s" if CONVERTED in done else ""
+    converting_took = f"; conversion {conversion:.0f} s" if CONVERTED in histories else ""
     write_table(f"time_to_accuracy-{source.name}", rows, f"{given.data}: {asked}{converting_took}")
 
 

@@ -7,7 +7,7 @@ The gradient of W arrives as P U^T, P (O, r), U (I, r) orthonormal. The rule:
     W <- truncate_K( W - eta D V^T ),                      eta = learning_rate * ||W||_F
 
 The last line is the WSI step of `subspace/weight.py` where W = L R is in factors; a dense W (`asi`) is not truncated.
-The paper uses plain SGD in its place, which does not learn on a real pretrained network: raw gradient norms differ a
+The paper uses plain SGD in its place, which learns too where its rate is chosen well, but raw gradient norms differ a
 hundredfold between layers and photos, and one clip threshold lets a few layers decide. The polar factor is steepest
 descent under the spectral norm (as in Muon, Jordan et al. 2024, where an iteration over the dense (O, I) momentum
 approximates it; here r is small enough to do it exactly on (r, r)). It needs no second moments: the state is M,
