@@ -363,7 +363,7 @@ def test_rates_of_the_head_are_the_same_for_every_rule() -> None:
 
 def test_each_rule_goes_on_with_the_rate_of_the_lowest_loss(tmp_path: Path) -> None:
     store = Store("optimisers", {}, tmp_path)
-    losses = dict(zip(optimisers.RATES["sgd"], (0.5, 0.4, None), strict=True))
+    losses = dict(zip(optimisers.RATES["sgd"], (0.5, 0.4, 0.6, None), strict=True))
     for source, (rate, loss), fold in itertools.product(optimisers.SETS, losses.items(), (0, 1)):
         history = [{"val": 0.7 + fold / 10, "val_loss": (loss or 0) + fold, "seconds": 1.0}]
         result = {"diverged": "x"} if loss is None else {"history": history, "best": {"test": 0}, "state_bytes": 2e6}
@@ -373,5 +373,20 @@ def test_each_rule_goes_on_with_the_rate_of_the_lowest_loss(tmp_path: Path) -> N
     row = optimisers._row(store, "sgd", best, 1.5, (0, 1))
     assert row["clothing loss"] == pytest.approx(0.9) and row["clothing val"] == pytest.approx(0.75)
     assert (row["state MB"], row["step"], row["folds"]) == (2.0, 1.5, 2)
-    diverged = optimisers._row(store, "sgd", optimisers.RATES["sgd"][2], 1.5, (0,))
+    diverged = optimisers._row(store, "sgd", optimisers.RATES["sgd"][3], 1.5, (0,))
     assert diverged["flowers loss"] is None and diverged["state MB"] is None
+
+
+def test_rules_are_compared_with_the_default_on_the_same_folds(tmp_path: Path) -> None:
+    store = Store("optimisers", {}, tmp_path)
+    last = {"default": (0.5, 0.6), "other": (0.45, 0.59), "wild": (0.4, None)}
+    for source, (rule, losses) in itertools.product(optimisers.SETS, last.items()):
+        for fold, loss in enumerate(losses):
+            history = [{"val": 0.7, "val_loss": each, "seconds": 1.0} for each in (9.0, 0.8, loss)]
+            result: dict[str, Any] = {"history": history, "best": {"test": 0}} if loss else {"diverged": "x"}
+            store.keep(Job(source.name, optimisers._label(rule, 0.1), fold, dict), result, lambda text: None)
+    best = dict.fromkeys(last, 0.1)
+    row = optimisers.against(store, best, "other", (0, 1))
+    assert row["last loss above ours"] == pytest.approx(-0.03) and 0 < row["loss +-"] < 0.03
+    assert row["mean loss above ours"] == pytest.approx(-0.015) and row["last val above ours"] == 0
+    assert optimisers.against(store, best, "default", (0, 1)) == optimisers.against(store, best, "wild", (0, 1)) == {}
