@@ -38,10 +38,10 @@ SETS = (Source("clothing", 112), Source("flowers", 84), Source("cifar10", 84, 10
 RATES = {
     "polar factor of momentum": (6e-5, 1.2e-4, 2.4e-4, 4.8e-4),
     "normalised momentum": (1.2e-4, 2.4e-4, 4.8e-4),
-    "sgd": (1e-2, 3e-2, 1e-1, 3e-1),
+    "sgd": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
     "momentum": (3e-2, 1e-1, 3e-1),
-    "adam on p": (2e-5, 4e-5, 8e-5, 1.6e-4),
-    "adamw in factors": (1e-5, 2e-5, 5e-5, 1e-4),
+    "adam on p": (2e-5, 4e-5, 8e-5, 1.6e-4, 3.2e-4, 6.4e-4),
+    "adamw in factors": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4),
 }
 FIRST_FOLD, OTHER_FOLDS = 0, (1, 2)
 Chosen = Mapping[str, Sequence[float]]
