@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy.optimisers [--processes N] [--rounds 10]
 
-The embedded model, WASI at its own epsilon, six epochs, each rule of `rules` at three or four rates on a fold of each
+The embedded model, WASI at its own epsilon, six epochs, each rule of `rules` at three to six rates on a fold of each
 set; then each at the rate with the lowest loss on two more folds. Schedule and the decay of rates towards the first
 block are those that were chosen for our rule. Steps of all rules are timed interleaved afterwards. Stopped and started
 again, it goes on.
@@ -160,11 +160,13 @@ def against(store: Store, best: Mapping[str, float], rule: str, numbers: Sequenc
     over sets and folds, with half of their 95 % intervals. The mean loss over all epochs says how fast it learns.
     Empty for the default itself, and where one diverged."""
     default = next(iter(best))
-    keys = [(source.name, number) for source in SETS for number in numbers]
+    if rule == default:
+        return {}
     ours, theirs = (
-        [store.of(name, _label(each, best[each]))[number] for name, number in keys] for each in (rule, default)
+        [store.of(source.name, _label(each, best[each]))[number] for source in SETS for number in numbers]
+        for each in (rule, default)
     )
-    if rule == default or any("diverged" in run for run in (*ours, *theirs)):
+    if any("diverged" in run for run in (*ours, *theirs)):
         return {}
     row = {}
     for label, kind in (("loss", "val_loss"), ("val", "val")):
