@@ -24,7 +24,6 @@ from wasi_edge.conversion.calibration import spread
 from wasi_edge.conversion.convert import Calibration, Settings, convert
 from wasi_edge.conversion.sources import open_source
 from wasi_edge.data.augment import augment
-from wasi_edge.models.locate import DEFAULT_FOLDER
 from wasi_edge.preprocess import center_view, open_photo, shrink
 
 
@@ -44,7 +43,7 @@ def main() -> int:
     parser.add_argument("--tile-count", type=int, default=500)
     parser.add_argument("--image-size", type=int, default=168)
     parser.add_argument("--epsilon", type=float, default=0.8)
-    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
     photos = photo_paths(options.photos)
