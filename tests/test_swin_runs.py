@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import random_tensors
 from test_finetune import render, run
-from test_planner import RECIPE, bytes_of, train
+from test_planned_memory import RECIPE, bytes_of, train
 from tiny_artefact import write_tiny
 
 from wasi_edge.artefact import ModelConfig, open_artefact, write_artefact
