@@ -367,7 +367,7 @@ def test_each_rule_goes_on_with_the_rate_of_the_lowest_loss(tmp_path: Path, monk
     monkeypatch.setitem(optimisers.RATES, "sgd", tuple(losses))
     for source, (rate, loss), fold in itertools.product(optimisers.SETS, losses.items(), (0, 1)):
         history = [{"val": 0.7 + fold / 10, "val_loss": (loss or 0) + fold, "seconds": 1.0}]
-        result = {"diverged": "x"} if loss is None else {"history": history, "best": {"test": 0}, "state_bytes": 2e6}
+        result = {"diverged": "x"} if loss is None else {"history": history, "best": {"test": 0}, "state_bytes": 2**21}
         store.keep(Job(source.name, optimisers._label("sgd", rate), fold, dict), result, lambda text: None)
     best = optimisers.best_rate(store, "sgd")
     assert losses[best] == 0.4

@@ -150,7 +150,7 @@ def _row(store: Store, rule: str, rate: float, step_ratio: float, numbers: Seque
         val = loss = None
         if not any("diverged" in run for run in runs):
             val, loss = fmean(run["history"][-1]["val"] for run in runs), fmean(map(_last_loss, runs))
-            state_megabytes = max(run["state_bytes"] for run in runs) / 1e6
+            state_megabytes = max(run["state_bytes"] for run in runs) / 2**20
         row |= {f"{source.name} val": val, f"{source.name} loss": loss}
     return row | {"state MB": state_megabytes, "step": step_ratio}
 
