@@ -23,7 +23,7 @@ import wasi_edge.training.run as training_run
 from wasi_edge.cli.app import run
 from wasi_edge.cli.progress import RemainingTime, RichEvents, epoch_line
 from wasi_edge.errors import BudgetInfeasible, Interrupted, NoUsableData
-from wasi_edge.training.request import Method
+from wasi_edge.method import Method, Optimizer
 
 REPORT = {
     "status": "completed", "model": "tiny", "method": "wasi", "classes": ["a", "b"], "num_val_images": 10,
@@ -216,7 +216,7 @@ def test_every_flag_reaches_the_request(finetuned, monkeypatch, capsys):
     flags = (
         "--model m --budget 384MB --out o --epochs 3 --max-time 20m --epsilon 0.7 --method vanilla "
         "--val-split 0.3 --seed 5 --image-size 168 --batch 8 --lr 1e-4 --train-blocks 7 --rank 64 --max-temp 75 "
-        "--nice 10 --threads 2 --checkpoint-every 2m --resume"
+        "--optimizer sgd --nice 10 --threads 2 --checkpoint-every 2m --resume"
     )
     assert run(["finetune", "p", *flags.split()]) == 0
     (request,) = finetuned
@@ -225,7 +225,8 @@ def test_every_flag_reaches_the_request(finetuned, monkeypatch, capsys):
     assert given == {
         "model": "m", "budget_bytes": 384 * 2**20, "epochs": 3, "max_seconds": 1200.0, "epsilon": 0.7,
         "method": Method.VANILLA, "val_split": 0.3, "seed": 5, "image_size": 168, "batch": 8,
-        "learning_rate": 1e-4, "train_blocks": 7, "gradient_rank": 64, "max_temperature": 75.0, "nice": 10,
+        "learning_rate": 1e-4, "train_blocks": 7, "gradient_rank": 64, "optimizer": Optimizer.SGD,
+        "max_temperature": 75.0, "nice": 10,
         "threads": 2, "resume": True, "checkpoint_seconds": 120.0,
     }  # fmt: skip
     assert niceness == [10]

@@ -136,6 +136,31 @@ def test_the_result_predicts_what_its_report_says(finished, base):
     assert hits >= 16
 
 
+def test_long_runs_learn_by_sgd_and_say_so(base, finished, tmp_path):
+    assert finished[0]["optimizer"] == "polar"
+    long = ("--epochs", 400, "--dry-run")  # 1,600 steps
+    done = run(*finetune(base, tmp_path / "out", *long))
+    assert report_of(done)["optimizer"] == "sgd" and "1,600 steps: SGD" in done.stderr
+    for more in (("--optimizer", "polar"), ("--max-time", "20m")):
+        assert report_of(run(*finetune(base, tmp_path / "out", *long, *more)))["optimizer"] == "polar"
+    refused = run(*finetune(base, tmp_path / "out", *long, "--method", "vanilla", "--optimizer", "sgd"))
+    assert refused.returncode == 2 and "--optimizer is for" in report_of(refused)["error"]
+
+
+def test_a_killed_run_by_sgd_resumes_and_ends_with_the_same_weights(base, tmp_path):
+    sgd = ("--epochs", 3, "--optimizer", "sgd", "--checkpoint-every", "0.01s")
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    report = report_of(run(*finetune(base, straight, *sgd)))
+    assert report["status"] == "completed" and report["optimizer"] == "sgd"
+    arguments = finetune(base, killed, *sgd)
+    kill_when(arguments, lambda: any((killed / "checkpoint").glob("step-0000000[2-9]/manifest.json")))
+    other = run(*finetune(base, killed, "--epochs", 3, "--optimizer", "polar", "--resume"))
+    assert other.returncode == 2 and "optimizer (was sgd, now polar)" in report_of(other)["error"]
+    assert report_of(run(*arguments, "--resume"))["resumed_from_step"] > 0
+    expected, actual = tensors(straight), tensors(killed)
+    assert all(np.array_equal(value, actual[name]) for name, value in expected.items())
+
+
 def test_a_killed_run_resumes_and_ends_with_the_same_weights(base, finished, tmp_path):
     _, straight = finished
     out = tmp_path / "killed"

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from wasi_edge.conversion.factorise import factorise
 from wasi_edge.keep import Keep, Rebuild
 from wasi_edge.layers.linear import LinearKinds, WasiLinear
-from wasi_edge.method import Method
+from wasi_edge.method import Method, Optimizer
 from wasi_edge.models.geometry import ViTGeometry
 from wasi_edge.models.network import build_network
 from wasi_edge.models.vanilla import VanillaViT
@@ -111,8 +111,9 @@ def test_counted_weights_are_those_of_the_real_network(rank, image_size, change)
         assert linears + others == sum(p.numel() for p in VanillaViT(geometry, image_size, 3).parameters())
 
 
+@pytest.mark.parametrize("optimizer", Optimizer)
 @pytest.mark.parametrize("gradient_rank", [5, 30])  # above and below the width of 24
-def test_update_state_is_counted_to_the_byte(gradient_rank):
+def test_update_state_is_counted_to_the_byte(gradient_rank, optimizer):
     ranks, tensors = random_tensors(TINY, 6, 3, dtype=torch.float32)
     ranks["blocks.0.fc1"] = 9
     tensors["blocks.0.fc1.left"], tensors["blocks.0.fc1.right"] = torch.randn(40, 9), torch.randn(9, 24)
@@ -121,11 +122,11 @@ def test_update_state_is_counted_to_the_byte(gradient_rank):
         assert isinstance(linear, WasiLinear)
         linear.start_training(gradient_rank, 17, torch.Generator().manual_seed(0))
         linears[name] = linear
-    rule = FactorUpdate(linears, 0.0)
+    rule = FactorUpdate(linears, 0.0, optimizer=optimizer)
     for name, linear in linears.items():
         assert linear.basis is not None
         rule.update(name, torch.randn(linear.shape[0], linear.basis.shape[1]), 1e-3, 1)
-    load = Workload(TINY, 16, ranks, 3, Method.WASI, 0)
+    load = Workload(TINY, 16, ranks, 3, Method.WASI, 0, optimizer=optimizer)
     choices = Choices(micro_batch=1, trained_blocks=TINY.depth, gradient_rank=gradient_rank)
     assert update_state_bytes(load, choices) == sum(value.nbytes for value in rule.state().values())
 

@@ -20,13 +20,24 @@ from tiny_artefact import write_tiny
 from benchmarks.accuracy import datasets, optimisers, time_to_accuracy
 from benchmarks.accuracy.converted import converted, converted_by_command, simpler, whole
 from benchmarks.accuracy.datasets import Photos, folds, random_split
-from benchmarks.accuracy.learn import ONE_RATE, Variant, head_accuracy, kept_epochs, learn, photo_features
+from benchmarks.accuracy.learn import (
+    ONE_RATE,
+    Variant,
+    head_accuracy,
+    kept_epochs,
+    learn,
+    photo_features,
+    settings_of,
+)
 from benchmarks.accuracy.processes import run_beside
+from benchmarks.accuracy.studies import LONG
 from benchmarks.accuracy.study import Job, Store, paired_difference
 from benchmarks.paper import fig3b_iteration, formulas, rank_selection
 from wasi_edge.artefact import read_config
 from wasi_edge.bench.subject import Subject, find_subject
+from wasi_edge.method import Optimizer
 from wasi_edge.subspace.factors import orthonormal_pair
+from wasi_edge.training.setup import usual_recipe
 
 
 @pytest.fixture
@@ -71,6 +82,12 @@ def test_learns_in_memory(subject: Subject, photos: Photos, method: str) -> None
 def test_a_variant_trains_the_blocks_that_finetune_would() -> None:
     blocks = [Variant(method).trained_blocks(12) for method in ("wasi", "asi", "vanilla", "head")]
     assert blocks == [6, 6, 12, 12] and Variant(**ONE_RATE).trained_blocks(12) == 12
+
+
+def test_a_variant_of_many_steps_is_what_finetune_does_with_so_many(subject: Subject) -> None:
+    assert LONG.recipe == usual_recipe("wasi", optimizer=Optimizer.SGD)
+    assert settings_of(LONG, subject)["recipe"]["optimizer"] == "sgd"
+    assert all("optimizer" not in settings_of(Variant(), subject)[name] for name in ("variant", "recipe"))
 
 
 def test_closed_form_head_of_all_photos(subject: Subject, photos: Photos) -> None:

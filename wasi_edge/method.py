@@ -1,4 +1,4 @@
-"""The ways to train, and what follows from each for weights, gradients and memory. No torch."""
+"""The ways to train, the rules by which weights move, and what follows from each for gradients and memory. No torch."""
 
 from __future__ import annotations
 
@@ -37,3 +37,14 @@ class Method(enum.StrEnum):
     def is_explicit(self) -> bool:
         """Trained by the explicit engine, with gradients P U^T; else by autograd, or not at all."""
         return self in (Method.WASI, Method.WSI, Method.ASI)
+
+
+class Optimizer(enum.StrEnum):
+    """By which rule the linears of the explicit engine move (`training/factor_update.py`).
+
+    polar       the polar factor of momentum: steps of one length, relative to the weight
+    sgd         the gradient itself, the paper's
+    """
+
+    POLAR = "polar"
+    SGD = "sgd"

@@ -24,7 +24,7 @@ from wasi_edge.bench.contestant import free_choices
 from wasi_edge.bench.subject import Read, Subject
 from wasi_edge.data.augment import SCALE_RANGE, augment
 from wasi_edge.layers.saving import Pass
-from wasi_edge.method import Method
+from wasi_edge.method import Method, Optimizer
 from wasi_edge.models.network import build_network
 from wasi_edge.planner.choices import usual_blocks
 from wasi_edge.preprocess import normalise
@@ -61,6 +61,7 @@ class Variant:
     gradient_rank: int = defaults.GRADIENT_RANK
     smallest_crop: float = SCALE_RANGE[0]
     batch: int = defaults.BATCH
+    optimizer: str = Optimizer.POLAR
 
     @property
     def warm_up_share(self) -> float:
@@ -76,7 +77,7 @@ class Variant:
     @property
     def recipe(self) -> Recipe:
         """Rates of a step before the schedule."""
-        usual = usual_recipe(self.method, self.learning_rate)
+        usual = usual_recipe(self.method, self.learning_rate, Optimizer(self.optimizer))
         relative = {"dense_rate": self.dense_rate, "head_rate": self.head_rate}
         rates = {name: share * usual.learning_rate for name, share in relative.items() if share is not None}
         stem = usual.stem_rate if self.stem_rate is None else self.stem_rate
@@ -204,13 +205,19 @@ def kept_epochs(history: Sequence[dict[str, Any]], photos: int) -> list[int]:
 def settings_of(variant: Variant, subject: Subject, **more: Any) -> dict[str, Any]:
     """What the result of `learn` depends on: a variant with its defaults resolved, weights, the input size."""
     return {
-        "variant": dataclasses.asdict(variant),
-        "recipe": dataclasses.asdict(variant.recipe) | {"warm_up": variant.warm_up_share},
+        "variant": _named(variant),
+        "recipe": _named(variant.recipe) | {"warm_up": variant.warm_up_share},
         "trained_blocks": variant.trained_blocks(subject.geometry.depth),
         "weights": _fingerprint(subject.folder) if subject.folder else subject.name,
         "image_size": subject.image_size,
         **more,
     }
+
+
+def _named(values: Variant | Recipe) -> dict[str, Any]:
+    """By name; the optimizer only where it is not the first there was, so that older results still count."""
+    named = dataclasses.asdict(values)
+    return named if values.optimizer != Optimizer.POLAR else {key: named[key] for key in named if key != "optimizer"}
 
 
 @lru_cache

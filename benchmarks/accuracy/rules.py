@@ -23,7 +23,7 @@ Rule = Callable[[FactorUpdate, str, Tensor, float, int], None]
 
 def sgd(update: FactorUpdate, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
     """W <- truncate(W - lr P U^T), the paper's: no state, so it moves at every step."""
-    update._move(name, projected, _basis(update, name), learning_rate, step, relative=False)
+    update._follow_gradient(name, projected, _basis(update, name), learning_rate, step)
 
 
 def momentum(update: FactorUpdate, name: str, projected: Tensor, learning_rate: float, step: int) -> None:

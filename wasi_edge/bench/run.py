@@ -27,7 +27,7 @@ from wasi_edge.errors import UsageError
 from wasi_edge.layers.linear import LinearKinds
 from wasi_edge.memory.hardware import governor, hardware, power_watts, temperature_celsius, throttled, versions
 from wasi_edge.memory.process import read_memory
-from wasi_edge.method import Method
+from wasi_edge.method import Method, Optimizer
 from wasi_edge.models.network import build_network
 from wasi_edge.planner.choices import Choices
 from wasi_edge.planner.plan import Base, Speed, Work, choose_plan
@@ -239,6 +239,7 @@ def _choices(request: BenchRequest, subject: Subject, entry: Entry, batch: int) 
         subject.image_size,
         entry.method,
         request.gradient_rank,
+        Optimizer.POLAR,
         ranks,
         None,
         None,

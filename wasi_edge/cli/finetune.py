@@ -14,7 +14,7 @@ import typer
 from wasi_edge.cli import console
 from wasi_edge.cli.options import budget_from, require, require_empty
 from wasi_edge.errors import Interrupted, WasiEdgeError
-from wasi_edge.method import Method
+from wasi_edge.method import Method, Optimizer
 from wasi_edge.training.request import FinetuneRequest
 from wasi_edge.units import parse_duration
 
@@ -63,6 +63,10 @@ def finetune(
         int | None,
         typer.Option(min=1, help="Directions of its inputs that a layer learns from in a step.", show_default="32"),
     ] = None,
+    optimizer: Annotated[
+        Optimizer | None,
+        typer.Option(help="By which rule layers move.", show_default="sgd for 1,000 steps and more, else polar"),
+    ] = None,
     max_temp: Annotated[float | None, typer.Option(help="Pause above this CPU temperature, Celsius.")] = None,
     nice: Annotated[int | None, typer.Option(min=0, max=19, help="Give way to other programs: 0 to 19.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
@@ -91,6 +95,7 @@ def finetune(
         learning_rate=lr,
         train_blocks=train_blocks,
         gradient_rank=rank,
+        optimizer=optimizer,
         max_temperature=max_temp,
         nice=nice,
         threads=threads,

@@ -22,7 +22,7 @@ from wasi_edge.chunks import (
     window_photos,
 )
 from wasi_edge.keep import kept_bytes_per_token, rebuilt_bytes_per_token
-from wasi_edge.method import Method
+from wasi_edge.method import Method, Optimizer
 from wasi_edge.planner.choices import Choices
 from wasi_edge.planner.workload import Workload
 
@@ -67,8 +67,10 @@ def gram_bytes(load: Workload, choices: Choices) -> int:
 
 
 def update_state_bytes(load: Workload, choices: Choices) -> int:
-    """State of the rule that updates the factors: momentum and its basis, and Gram matrices if they are carried."""
-    return subspace_bytes(load, choices) + (gram_bytes(load, choices) if choices.carried_grams else 0)
+    """State of the rule that updates the factors: momentum and its basis, where it has one, and Gram matrices if they
+    are carried."""
+    momentum = 0 if load.optimizer is Optimizer.SGD else subspace_bytes(load, choices)
+    return momentum + (gram_bytes(load, choices) if choices.carried_grams else 0)
 
 
 def update_scratch_bytes(linears: Iterable[tuple[int, int, int]]) -> int:

@@ -15,7 +15,7 @@ from functools import partial
 
 from wasi_edge.chunks import EVALUATION_BATCH
 from wasi_edge.errors import BudgetInfeasible
-from wasi_edge.method import Method
+from wasi_edge.method import Method, Optimizer
 from wasi_edge.planner.choices import MICRO_BATCHES, Choices, Ways, explicit_tiers
 from wasi_edge.planner.memory import (
     Item,
@@ -89,6 +89,7 @@ class Work:
     blocks          blocks to train, counted from the end
     blocks_named    somebody asked for just so many; else fewer will do where memory has no room for more
     cached_views    augmented views of each photo that there is disk for (`Choices`)
+    optimizer       by which weights move, where the method leaves a choice
     """
 
     num_train: int
@@ -99,6 +100,12 @@ class Work:
     blocks: int
     blocks_named: bool
     cached_views: int = 0
+    optimizer: Optimizer = Optimizer.POLAR
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of all epochs."""
+        return self.epochs * math.ceil(self.num_train / self.batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,8 +300,7 @@ def _seconds(load: Workload, work: Work, speed: Speed, choices: Choices) -> floa
     update = REBUILD_COST if not choices.carried_grams else 1.0
     if choices.weight_bits == 16:
         update = ROUNDING_COST
-    steps = work.epochs * math.ceil(work.num_train / work.batch)
-    return seconds + steps * speed.update_seconds * trained * update
+    return seconds + work.steps * speed.update_seconds * trained * update
 
 
 def _rebuilding(choices: Choices) -> float:

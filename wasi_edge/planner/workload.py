@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from wasi_edge.chunks import padded_rank
-from wasi_edge.method import Method
+from wasi_edge.method import Method, Optimizer
 from wasi_edge.models.geometry import BlockShape
 from wasi_edge.models.geometry_swin import Geometry
 
@@ -22,6 +22,7 @@ class Workload:
     lora_rank        of the updates of `lora`, 0 for other methods
     stored_ranks     of each linear as it is on disk, which is how frozen blocks stay; None: as `ranks`
     lends            whether buffers can lend their pages to the update (`memory/pages.py`)
+    optimizer        by which the explicit engine moves the weights
     """
 
     geometry: Geometry
@@ -33,6 +34,7 @@ class Workload:
     lora_rank: int = 0
     stored_ranks: Mapping[str, int | None] | None = None
     lends: bool = True
+    optimizer: Optimizer = Optimizer.POLAR
 
     @cached_property
     def tokens(self) -> int:

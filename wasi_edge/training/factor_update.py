@@ -7,8 +7,9 @@ The gradient of W arrives as P U^T, P (O, r), U (I, r) orthonormal. The rule:
     W <- truncate_K( W - eta D V^T ),                      eta = learning_rate * ||W||_F
 
 The last line is the WSI step of `subspace/weight.py` where W = L R is in factors; a dense W (`asi`) is not truncated.
-The paper uses plain SGD in its place, which learns too where its rate is chosen well, but raw gradient norms differ a
-hundredfold between layers and photos, and one clip threshold lets a few layers decide. The polar factor is steepest
+The paper uses plain SGD in its place, W <- truncate_K( W - eta P U^T ) with an absolute eta: it ends ahead in runs of
+many steps and holds no momentum, but raw gradient norms differ a hundredfold between layers and photos, and at first it
+undoes what the network knew (`docs/results.md`). Both are here (`method.Optimizer`). The polar factor is steepest
 descent under the spectral norm (as in Muon, Jordan et al. 2024, where an iteration over the dense (O, I) momentum
 approximates it; here r is small enough to do it exactly on (r, r)). It needs no second moments: the state is M,
 V and the Gram matrices, a fifth of what AdamW on the factors holds.
@@ -16,7 +17,7 @@ V and the Gram matrices, a fifth of what AdamW on the factors holds.
 
 All three lines cost much, and a mean over many steps changes little from one to the next. So linears take turns: each
 `turns`-th step moves the weight, `turns` times as far, and chooses V anew; at the steps between, momentum gathers
-what V sees of their gradients.
+what V sees of their gradients. SGD, which remembers nothing, moves every weight at every step.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from wasi_edge.chunks import ROUNDING_ROWS, has_turn
 from wasi_edge.layers.linear import AsiLinear, SubspaceLinear, WasiLinear
+from wasi_edge.method import Optimizer
 from wasi_edge.planner.memory import update_scratch_bytes
 from wasi_edge.subspace.factors import MAX_CONDITION, WeightFactors, make_orthonormal, weight_factors
 from wasi_edge.subspace.momentum import add_gradient, add_known_part
@@ -59,11 +61,12 @@ class FactorUpdate:
         carry_grams: bool = True,
         seed: int = 0,
         turns: int = 1,
+        optimizer: Optimizer = Optimizer.POLAR,
     ) -> None:
         self._linears = dict(linears)
         self._number = {name: index for index, name in enumerate(self._linears)}
         self._carry_grams, self._seed = carry_grams, seed
-        self._weight_decay, self._turns = weight_decay, turns
+        self._weight_decay, self._turns, self._optimizer = weight_decay, turns, optimizer
         self.seconds = 0.0  # that updates have taken so far
         self._carried: dict[str, Tensor] = {}
         self._momentum: dict[str, Tensor] = {}
@@ -71,8 +74,8 @@ class FactorUpdate:
         self.orthonormalise()
 
     def has_turn(self, name: str, step: int) -> bool:
-        """Whether the weight of `name` moves at this step, which counts from 1."""
-        return has_turn(self._number[name], len(self._number), step, self._turns)
+        """Whether the weight of `name` moves at this step, which counts from 1; by SGD all do."""
+        return self._optimizer is Optimizer.SGD or has_turn(self._number[name], len(self._number), step, self._turns)
 
     def update(self, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
         """One step of linear `name` with P (O, r), which stays as it is. `step` counts from 1; the weight itself moves
@@ -82,8 +85,20 @@ class FactorUpdate:
         self.seconds += time.perf_counter() - began
 
     def _update(self, name: str, projected: Tensor, learning_rate: float, step: int) -> None:
-        gradient_basis, has_turn = self._linears[name].basis, self.has_turn(name, step)
-        assert gradient_basis is not None
+        basis = self._linears[name].basis
+        assert basis is not None
+        if self._optimizer is Optimizer.SGD:
+            self._follow_gradient(name, projected, basis, learning_rate, step)
+        else:
+            self._follow_momentum(name, projected, basis, learning_rate, step)
+
+    def _follow_gradient(self, name: str, projected: Tensor, basis: Tensor, learning_rate: float, step: int) -> None:
+        self._move(name, projected, basis, learning_rate, step, relative=False)
+
+    def _follow_momentum(
+        self, name: str, projected: Tensor, gradient_basis: Tensor, learning_rate: float, step: int
+    ) -> None:
+        has_turn = self.has_turn(name, step)
         momentum, basis = self._add_to_momentum(name, projected, gradient_basis, has_turn)
         if has_turn:
             self._move(name, polar_factor(momentum), basis, learning_rate * self._turns, step)

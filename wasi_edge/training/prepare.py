@@ -22,7 +22,7 @@ from wasi_edge.errors import UnreadablePhoto, UsageError
 from wasi_edge.memory.malloc import settle_threads
 from wasi_edge.memory.pages import can_drop_pages
 from wasi_edge.memory.process import read_memory
-from wasi_edge.method import Method
+from wasi_edge.method import Method, Optimizer
 from wasi_edge.models.geometry_swin import Geometry
 from wasi_edge.models.locate import resolve_model
 from wasi_edge.planner.choices import CACHED_VIEWS, usual_blocks
@@ -97,12 +97,15 @@ def prepare(request: FinetuneRequest, events: Events, stop_wanted: Callable[[], 
     for note in _notes(request, model, labels, folder):
         events.message(note)
     work = _work(request, folder, model.geometry)
+    if work.optimizer is Optimizer.SGD and request.optimizer is None:
+        events.message(f"{work.steps:,} steps: SGD, which ends ahead in runs as long as this (else --optimizer polar)")
     ranks = _known_ranks(request, model)
     probe = run_probe(
         model.geometry,
         model.preprocessing.image_size,
         request.method,
         work.gradient_rank,
+        work.optimizer,
         ranks,
         str(model.folder),
         model.convert_epsilon,
@@ -121,6 +124,7 @@ def prepare(request: FinetuneRequest, events: Events, stop_wanted: Callable[[], 
         lora_rank=defaults.LORA_RANK if request.method is Method.LORA else 0,
         stored_ranks=_stored_ranks(request, model),
         lends=can_drop_pages(),
+        optimizer=work.optimizer,
     )
     speed = Speed(
         probe.train_seconds, probe.infer_seconds, probe.update_seconds, _decode_seconds(folder, model) / threads
@@ -219,7 +223,12 @@ def _work(request: FinetuneRequest, folder: PhotoFolder, geometry: Geometry) -> 
     else:
         num_val = round(len(folder.photos) * request.val_split)
         num_train = len(folder.photos) - num_val
-    for flag, value in (("--train-blocks", request.train_blocks), ("--rank", request.gradient_rank)):
+    explicit = {
+        "--train-blocks": request.train_blocks,
+        "--rank": request.gradient_rank,
+        "--optimizer": request.optimizer,
+    }
+    for flag, value in explicit.items():
         if value is not None and not request.method.is_explicit:
             raise UsageError(f"{flag} is for --method wasi, wsi and asi; {request.method} has no say in it")
     blocks = usual_blocks(request.method, geometry.depth)
@@ -227,7 +236,7 @@ def _work(request: FinetuneRequest, folder: PhotoFolder, geometry: Geometry) -> 
         if request.train_blocks > geometry.depth:
             raise UsageError(f"--train-blocks {request.train_blocks}: the model has {geometry.depth} blocks")
         blocks = request.train_blocks
-    return Work(
+    work = Work(
         num_train=num_train,
         num_val=num_val,
         epochs=request.epochs or defaults.epochs(request.method),
@@ -236,6 +245,8 @@ def _work(request: FinetuneRequest, folder: PhotoFolder, geometry: Geometry) -> 
         blocks=blocks,
         blocks_named=request.train_blocks is not None,
     )
+    usual = defaults.optimizer(request.method, work.steps, may_be_cut_short=request.max_seconds is not None)
+    return dataclasses.replace(work, optimizer=request.optimizer or usual)
 
 
 def _views_with_disk(load: Workload, work: Work, out: Path) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 from wasi_edge.children import python_command
 from wasi_edge.errors import Interrupted, WasiEdgeError, reason_of_end
 from wasi_edge.memory.process import ProcessMemory
-from wasi_edge.method import Method
+from wasi_edge.method import Method, Optimizer
 from wasi_edge.models.geometry import BlockShape
 from wasi_edge.models.geometry_swin import Geometry, geometry_from_dict
 from wasi_edge.training.defaults import LORA_RANK
@@ -58,6 +58,7 @@ def run_probe(
     image_size: int,
     method: str,
     gradient_rank: int,
+    optimizer: str,
     ranks: Mapping[str, int | None] | None,
     source: str | None,
     epsilon: float | None,
@@ -76,6 +77,7 @@ def run_probe(
         "image_size": image_size,
         "method": method,
         "gradient_rank": gradient_rank,
+        "optimizer": optimizer,
         "ranks": None if ranks is None else dict(ranks),
         "source": source,
         "epsilon": epsilon,
@@ -162,7 +164,13 @@ def _measure(question: dict[str, Any], threads: int, before: ProcessMemory) -> d
     train, update = 0.0, 0.0
     if method.is_explicit:
         train, update = _train_block(
-            geometry, question["image_size"], ranks, LinearKinds.of(method), question["gradient_rank"], enough_seconds
+            geometry,
+            question["image_size"],
+            ranks,
+            LinearKinds.of(method),
+            question["gradient_rank"],
+            Optimizer(question["optimizer"]),
+            enough_seconds,
         )
     elif method is not Method.HEAD:
         rank = LORA_RANK if method is Method.LORA else None
@@ -244,6 +252,7 @@ def _train_block(
     ranks: Mapping[str, int | None],
     kinds: Any,
     gradient_rank: int,
+    optimizer: Optimizer,
     enough_seconds: float,
 ) -> tuple[float, float]:
     """Seconds of forward and backward of one block for four photos, and of the update of its weights."""
@@ -268,7 +277,7 @@ def _train_block(
         latest.update(gradients)
 
     seconds = _median_seconds(both, enough_seconds)
-    rule = FactorUpdate(block.linears, 0.0, turns=TURNS)
+    rule = FactorUpdate(block.linears, 0.0, turns=TURNS, optimizer=optimizer)
 
     def updates() -> None:
         for step in range(1, TURNS + 1):

@@ -25,6 +25,7 @@ def base_report(prepared: Prepared, status: str, watch: MemoryWatch) -> dict[str
         "planned_seconds": round(plan.seconds, 1),
         "trained_blocks": plan.trained_blocks,
         "effective_batch": prepared.work.batch,
+        "optimizer": str(prepared.work.optimizer) if request.method.is_explicit else None,
         "optimizer_steps": 0,
         "resumed_from_step": None,
         "classes": list(prepared.labels),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from wasi_edge.method import Method
+from wasi_edge.method import Method, Optimizer
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class FinetuneRequest:
     max_seconds     stop in time to be done by then
     train_blocks    blocks that learn, counted from the end
     gradient_rank   directions of each linear's inputs that its gradient keeps
+    optimizer       by which wasi, wsi and asi move the weights
     checkpoint_seconds  time between checkpoints
     """
 
@@ -42,6 +43,7 @@ class FinetuneRequest:
     learning_rate: float | None = None
     train_blocks: int | None = None
     gradient_rank: int | None = None
+    optimizer: Optimizer | None = None
     max_temperature: float | None = None
     nice: int | None = None
     threads: int | None = None

@@ -110,6 +110,7 @@ def _choices(prepared: Prepared) -> dict[str, Any]:
         "lr": request.learning_rate,
         "train_blocks": request.train_blocks,
         "rank": request.gradient_rank,
+        "optimizer": str(work.optimizer),
     }
 
 

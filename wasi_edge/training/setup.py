@@ -17,6 +17,7 @@ from wasi_edge.conversion.calibration import spread
 from wasi_edge.conversion.convert import Calibration, Settings, convert
 from wasi_edge.conversion.factorise import factorise
 from wasi_edge.conversion.sources import open_source
+from wasi_edge.method import Optimizer
 from wasi_edge.models.network import VisionTransformer, build_network, resampled
 from wasi_edge.training import defaults
 from wasi_edge.training.methods import make_trainer
@@ -44,17 +45,19 @@ def convert_for(prepared: Prepared, photos: PhotoSet, out: Path, events: Events)
         )
 
 
-def usual_recipe(method: str, learning_rate: float | None = None) -> Recipe:
+def usual_recipe(method: str, learning_rate: float | None = None, optimizer: Optimizer = Optimizer.POLAR) -> Recipe:
     """Of a method, at its usual learning rate or another one, which the other rates follow."""
-    rate = learning_rate or defaults.learning_rate(method)
+    rate = learning_rate or defaults.learning_rate(method, optimizer)
+    of_dense, of_head = defaults.relative_rates(method, optimizer)
     return Recipe(
         learning_rate=rate,
-        dense_rate=rate * defaults.DENSE_RATE[method],
-        head_rate=rate * defaults.HEAD_RATE[method],
-        weight_decay=defaults.WEIGHT_DECAY,
+        dense_rate=rate * of_dense,
+        head_rate=rate * of_head,
+        weight_decay=defaults.weight_decay(optimizer),
         clip_norm=defaults.CLIP_NORM,
         label_smoothing=defaults.LABEL_SMOOTHING,
         stem_rate=defaults.STEM_RATE[method],
+        optimizer=optimizer,
     )
 
 
@@ -69,7 +72,7 @@ def build_trainer(prepared: Prepared, model_folder: Path, active: Tensor | None)
             read,
             prepared.model.preprocessing.image_size,
             len(prepared.labels),
-            usual_recipe(prepared.request.method, prepared.request.learning_rate),
+            usual_recipe(prepared.request.method, prepared.request.learning_rate, prepared.work.optimizer),
             prepared.plan,
             prepared.request.seed,
             active,

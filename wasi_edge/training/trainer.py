@@ -19,6 +19,7 @@ from wasi_edge.keep import Keep
 from wasi_edge.layers.linear import SubspaceLinear
 from wasi_edge.layers.saving import Pass
 from wasi_edge.memory.malloc import release_free_memory
+from wasi_edge.method import Optimizer
 from wasi_edge.models.network import VisionTransformer, artefact_name
 from wasi_edge.training.adam import Adam
 from wasi_edge.training.factor_update import FactorUpdate
@@ -35,6 +36,7 @@ class Recipe:
     dense_rate          of norms, biases, embeddings and LayerScale (wasi)
     stem_rate           what comes before the first block learns at this share of its rate, what comes after the last at
                         all of it, blocks between them at shares in a geometric row
+    optimizer           by which the factors move (wasi, wsi, asi)
     """
 
     learning_rate: float
@@ -44,6 +46,7 @@ class Recipe:
     clip_norm: float
     label_smoothing: float
     stem_rate: float = 1.0
+    optimizer: Optimizer = Optimizer.POLAR
 
     def share(self, name: str, depth: int) -> float:
         """Of its learning rate, for the parameter `name` of a network of `depth` blocks: layer-wise decay (ELECTRA,
@@ -171,7 +174,7 @@ class SubspaceTrainer(FrozenTrainer):
                 )
             linear.start_training(gradient_rank, model.tokens_of(name), generator)
             self._linears[name] = linear
-        self._factors = FactorUpdate(self._linears, recipe.weight_decay, carry_grams, seed, TURNS)
+        self._factors = FactorUpdate(self._linears, recipe.weight_decay, carry_grams, seed, TURNS, recipe.optimizer)
 
     def micro_batch(self, inputs: Tensor, labels: Tensor, weight: Tensor, first: bool, batch: int) -> Loss:
         if first:
