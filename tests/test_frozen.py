@@ -284,7 +284,6 @@ def test_a_rank_that_is_asked_for_is_trained_with_and_has_to_be_asked_for_again(
     out = tmp_path / "out"
     plain, asked = (report_of(run(*finetune(base, out, "--dry-run", *more))) for more in ((), ("--rank", 5)))
     assert (plain["plan"]["gradient_rank"], asked["plan"]["gradient_rank"]) == (32, 5)
-    assert asked["planned_peak_rss_bytes"] < plain["planned_peak_rss_bytes"]
     arguments = finetune(base, out, "--epochs", 5, "--checkpoint-every", "0.01s")
     kill_when((*arguments, "--rank", 5), lambda: any((out / "checkpoint").glob("step-*/manifest.json")))
     refused = run(*arguments, "--rank", 6, "--resume")
