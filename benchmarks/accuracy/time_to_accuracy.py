@@ -119,7 +119,7 @@ def _seconds(
         method = Method(variants[row].method)
         entry = Entry(row, method, EPSILON if method.has_factors else None)
         choices = free_choices(BATCH, variants[row].trained_blocks(subject.geometry.depth), variants[row].gradient_rank)
-        built[row] = Contestant(subject, entry, choices, BATCH, 0)
+        built[row] = Contestant(subject, entry, choices, BATCH, 0, variants[row].recipe)
     steps = interleave({row: contestant.step for row, contestant in built.items()}, rounds, warm_up=2)
     passes = interleave({row: contestant.infer for row, contestant in built.items()}, rounds)
     # in vanilla's seconds: ratios of neighbours hold on a machine that others use

@@ -28,7 +28,7 @@ from wasi_edge.training.vanilla_trainer import VanillaTrainer
 from wasi_edge.units import parse_size
 
 # steps so small that a thousand of them change nothing; clipping and decay at work all the same
-_RECIPE = Recipe(1e-6, 1e-6, 1e-6, 0.01, 1.0, 0.1)
+RECIPE = Recipe(1e-6, 1e-6, 1e-6, 0.01, 1.0, 0.1)
 _CHECKPOINT = "+checkpoint"
 
 
@@ -75,9 +75,11 @@ def parse_methods(text: str, epsilons: tuple[float, ...]) -> list[Entry]:
 class Contestant:
     """`entry` built on `subject` with the choices of a plan, for steps of `batch` photos."""
 
-    def __init__(self, subject: Subject, entry: Entry, choices: Choices, batch: int, seed: int) -> None:
+    def __init__(
+        self, subject: Subject, entry: Entry, choices: Choices, batch: int, seed: int, recipe: Recipe = RECIPE
+    ) -> None:
         self.entry, self.choices, self.batch = entry, choices, batch
-        self._trainer = _build(subject, entry, choices, seed)
+        self._trainer = _build(subject, entry, choices, seed, recipe)
         self._has_windows = subject.geometry.has_windows
         generator = torch.Generator().manual_seed(seed)
         size = subject.image_size
@@ -160,7 +162,7 @@ def choices_from(values: dict[str, Any]) -> Choices:
     return Choices(**{field.name: values[field.name] for field in dataclasses.fields(Choices)})
 
 
-def _build(subject: Subject, entry: Entry, choices: Choices, seed: int) -> Trainer:
+def _build(subject: Subject, entry: Entry, choices: Choices, seed: int, recipe: Recipe) -> Trainer:
     read = subject.reader(entry.epsilon)
 
     def held(name: str) -> Tensor:
@@ -174,7 +176,7 @@ def _build(subject: Subject, entry: Entry, choices: Choices, seed: int) -> Train
         held,
         subject.image_size,
         CLASSES,
-        _RECIPE,
+        recipe,
         choices,
         seed,
         checkpointed=entry.is_checkpointed,
