@@ -147,6 +147,16 @@ def test_long_runs_learn_by_sgd_and_say_so(base, finished, tmp_path):
     assert refused.returncode == 2 and "--optimizer is for" in report_of(refused)["error"]
 
 
+def test_a_run_keeps_its_rule_when_it_is_resumed_with_a_time_limit(base, tmp_path):
+    out = tmp_path / "out"
+    arguments = finetune(base, out, "--epochs", 400)
+    kill_when(arguments, lambda: any((out / "checkpoint").glob("step-*/manifest.json")))
+    done = run(*arguments, "--resume", "--max-time", "1s")
+    report = report_of(done)
+    assert (report["status"], report["optimizer"]) == ("time_limit", "sgd")
+    assert report["resumed_from_step"] > 0 and "steps: SGD" not in done.stderr
+
+
 def test_a_killed_run_by_sgd_resumes_and_ends_with_the_same_weights(base, tmp_path):
     sgd = ("--epochs", 3, "--optimizer", "sgd", "--checkpoint-every", "0.01s")
     straight, killed = tmp_path / "straight", tmp_path / "killed"

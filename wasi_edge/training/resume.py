@@ -6,6 +6,7 @@ for one of them is an error, a budget that the plan no longer fits is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 from wasi_edge.data.folder import PhotoFolder
 from wasi_edge.errors import BudgetInfeasible, UsageError
+from wasi_edge.method import Optimizer
 from wasi_edge.planner.memory import Item
 from wasi_edge.planner.plan import NAMED_MARGIN_BYTES, START_ITEM, STEADY_ITEM, Plan
 from wasi_edge.training.prepare import Prepared, with_plan
@@ -40,6 +42,16 @@ def completed_report(request: FinetuneRequest) -> dict[str, Any] | None:
     return report
 
 
+def with_recorded_optimizer(request: FinetuneRequest) -> FinetuneRequest:
+    """`request`, naming the rule that the run it goes on with began with, unless it names one: which rule a new run
+    takes depends on its time limit, and that may be another now."""
+    record = _record_to_resume(request)
+    if record is None or request.optimizer is not None or not request.method.is_explicit:
+        return request
+    recorded = record["choices"].get("optimizer", Optimizer.POLAR)
+    return dataclasses.replace(request, optimizer=Optimizer(recorded))
+
+
 def recorded_plan(prepared: Prepared, events: Events) -> tuple[Prepared, bool]:
     """`prepared` under the plan that the run in OUT began with, and whether there is such a run.
 
@@ -47,9 +59,8 @@ def recorded_plan(prepared: Prepared, events: Events) -> tuple[Prepared, bool]:
     fits the budget.
     """
     request = prepared.request
-    root = request.out / "checkpoint"
-    record = read_json(root / "run.json")
-    if not request.resume or record is None or not any(root.glob("step-*/manifest.json")):
+    record = _record_to_resume(request)
+    if record is None:
         return prepared, False
     now, then = _choices(prepared), record["choices"]
     changed = [key for key in now if now[key] != then.get(key)]
@@ -112,6 +123,13 @@ def _choices(prepared: Prepared) -> dict[str, Any]:
         "rank": request.gradient_rank,
         "optimizer": str(work.optimizer),
     }
+
+
+def _record_to_resume(request: FinetuneRequest) -> dict[str, Any] | None:
+    """run.json of the run that `request` goes on with, None where it starts one."""
+    root = request.out / "checkpoint"
+    record = read_json(root / "run.json")
+    return record if request.resume and any(root.glob("step-*/manifest.json")) else None
 
 
 def photos_digest(folder: PhotoFolder, root: Path) -> str:

@@ -23,7 +23,7 @@ from wasi_edge.training.onnx_result import add_onnx
 from wasi_edge.training.prepare import Prepared, prepare
 from wasi_edge.training.report_keys import base_report
 from wasi_edge.training.request import Events, FinetuneRequest
-from wasi_edge.training.resume import completed_report, recorded_plan, run_record
+from wasi_edge.training.resume import completed_report, recorded_plan, run_record, with_recorded_optimizer
 from wasi_edge.training.signals import StopSignals
 from wasi_edge.units import format_size
 
@@ -50,7 +50,7 @@ def finetune(request: FinetuneRequest, events: Events) -> dict[str, Any]:
         events.message(f"{request.out} is complete; nothing is left to do")
         return report
     with StopSignals() as signals, MemoryWatch() as watch:
-        prepared = prepare(request, events, lambda: signals.received is not None)
+        prepared = prepare(with_recorded_optimizer(request), events, lambda: signals.received is not None)
         prepared, resuming = recorded_plan(prepared, events)
         work_folder = request.out / "checkpoint"
         _make(work_folder, resuming)
