@@ -226,6 +226,15 @@ def test_fewer_blocks_cost_less_memory_and_less_time():
     assert plans[0].cached_views == 0 and all(plan.cached_views == 3 for plan in plans[1:])
 
 
+def test_a_smaller_gradient_rank_needs_less_memory():
+    small, usual = (
+        choose_plan(LOADS["vit-s"], dataclasses.replace(WORK, gradient_rank=rank), BASE, 4096 * MB, SPEED)
+        for rank in (5, 32)
+    )
+    assert (small.gradient_rank, usual.gradient_rank) == (5, 32)
+    assert small.peak_bytes < usual.peak_bytes
+
+
 def test_without_disk_nothing_is_cached_and_the_frozen_blocks_are_run_every_epoch():
     load = LOADS["vit-s"]
     some = dataclasses.replace(FEWER, blocks=6, blocks_named=True)

@@ -3,62 +3,46 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from reference import dense_wsi_step, matrix_with_spectrum, one_thread, plain_qr, random, relative_difference  # noqa: F401
+from reference import dense_wsi_step, one_thread, random, relative_difference  # noqa: F401
+from test_learning_rules import IN, OUT, Held, gradients, layer, weight_of  # noqa: F401
 from torch import Tensor
 
-from wasi_edge.layers.linear import AsiLinear, WasiLinear
+from wasi_edge.layers.linear import AsiLinear
 from wasi_edge.method import Method, Optimizer
 from wasi_edge.training import defaults
 from wasi_edge.training.factor_update import FactorUpdate
 from wasi_edge.training.setup import usual_recipe
 
-OUT, IN, RANK, SMALL, RATE = 14, 12, 6, 3, 0.05
-
-
-class Factored(WasiLinear):
-    """A linear whose basis the test gives."""
-
-    basis: Tensor | None = None  # type: ignore[assignment]
+RATE = 0.05
 
 
 class Dense(AsiLinear):
-    """The same with a dense weight."""
+    """A linear with a dense weight whose basis the test gives."""
 
     basis: Tensor | None = None  # type: ignore[assignment]
 
 
-def steps(count: int) -> list[tuple[Tensor, Tensor]]:
-    """P (O, r), U (I, r)."""
-    return [(random(OUT, SMALL, seed=9 * i + 1), plain_qr(random(IN, SMALL, seed=9 * i + 2))) for i in range(count)]
-
-
-def test_factors_follow_the_gradient_at_every_step_by_an_absolute_rate() -> None:
-    values = torch.logspace(0.5, -0.5, RANK, dtype=torch.float64)
-    layer = Factored(*matrix_with_spectrum(OUT, IN, values, seed=0), None)
+def test_factors_follow_the_gradient_at_every_step_by_an_absolute_rate(layer: Held) -> None:  # noqa: F811
     rule = FactorUpdate({"x": layer}, weight_decay=0.0, turns=2, optimizer=Optimizer.SGD)
-    weight = layer.params["left"] @ layer.params["right"]
-    for step, (projected, basis) in enumerate(steps(5), 1):
+    weight, carried = weight_of(layer), rule.state()["carried.x"].shape
+    for step, (projected, basis) in enumerate(gradients(5), 1):
         layer.basis = basis
         weight, _ = dense_wsi_step(weight, layer.params["left"], projected @ basis.T, RATE, 0.0)
         rule.update("x", projected, RATE, step)
-        left, right = layer.params["left"], layer.params["right"]
         assert rule.has_turn("x", step)
-        assert relative_difference(left @ right, weight) < 1e-10
-        fresh = WasiLinear(left.clone(), right.clone(), None)
-        measured = FactorUpdate({"x": fresh}, 0.0).state()["carried.x"].shape
-        assert {key: value.shape for key, value in rule.state().items()} == {"carried.x": measured}
+        assert relative_difference(weight_of(layer), weight) < 1e-10
+        assert {key: value.shape for key, value in rule.state().items()} == {"carried.x": carried}
 
 
 def test_a_dense_weight_takes_the_whole_gradient() -> None:
-    layer = Dense(random(OUT, IN, seed=3), None, None)
-    rule = FactorUpdate({"x": layer}, weight_decay=0.0, turns=2, optimizer=Optimizer.SGD)
-    weight = layer.params["weight"].clone()
-    for step, (projected, basis) in enumerate(steps(4), 1):
-        layer.basis = basis
+    dense = Dense(random(OUT, IN, seed=3), None, None)
+    rule = FactorUpdate({"x": dense}, weight_decay=0.0, turns=2, optimizer=Optimizer.SGD)
+    weight = dense.params["weight"].clone()
+    for step, (projected, basis) in enumerate(gradients(4), 1):
+        dense.basis = basis
         weight -= RATE * projected @ basis.T
         rule.update("x", projected, RATE, step)
-        assert relative_difference(layer.params["weight"], weight) < 1e-13
+        assert relative_difference(dense.params["weight"], weight) < 1e-13
     assert rule.state() == {}
 
 

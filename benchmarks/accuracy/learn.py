@@ -61,7 +61,7 @@ class Variant:
     gradient_rank: int = defaults.GRADIENT_RANK
     smallest_crop: float = SCALE_RANGE[0]
     batch: int = defaults.BATCH
-    optimizer: str = Optimizer.POLAR
+    optimizer: Optimizer = Optimizer.POLAR
 
     @property
     def warm_up_share(self) -> float:
@@ -77,7 +77,7 @@ class Variant:
     @property
     def recipe(self) -> Recipe:
         """Rates of a step before the schedule."""
-        usual = usual_recipe(self.method, self.learning_rate, Optimizer(self.optimizer))
+        usual = usual_recipe(self.method, self.learning_rate, self.optimizer)
         relative = {"dense_rate": self.dense_rate, "head_rate": self.head_rate}
         rates = {name: share * usual.learning_rate for name, share in relative.items() if share is not None}
         stem = usual.stem_rate if self.stem_rate is None else self.stem_rate
@@ -217,7 +217,9 @@ def settings_of(variant: Variant, subject: Subject, **more: Any) -> dict[str, An
 def _named(values: Variant | Recipe) -> dict[str, Any]:
     """By name; the optimizer only where it is not the first there was, so that older results still count."""
     named = dataclasses.asdict(values)
-    return named if values.optimizer != Optimizer.POLAR else {key: named[key] for key in named if key != "optimizer"}
+    if values.optimizer is Optimizer.POLAR:
+        del named["optimizer"]
+    return named
 
 
 @lru_cache

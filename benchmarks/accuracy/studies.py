@@ -95,7 +95,7 @@ CLAIM_SETS = (
 )
 # of a set with many photos six epochs are too few: more of them still take less than vanilla's ten, and that many steps
 # `finetune` learns by SGD; the other rule at twice its usual rate
-LONG = replace(WASI, epochs=16, optimizer=str(Optimizer.SGD), weight_decay=0.0)
+LONG = replace(WASI, epochs=16, optimizer=Optimizer.SGD, weight_decay=0.0)
 LONG_POLAR, LARGE_SETS = replace(WASI, epochs=16, learning_rate=2.4e-4), ("cifar10",)
 OURS, OURS_LONG = "wasi, embedded", "wasi, embedded, 16 epochs"
 # few photos are tested on and a run takes minutes: more seeds on the same splits tell luck in training from the method

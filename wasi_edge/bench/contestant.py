@@ -28,7 +28,7 @@ from wasi_edge.training.vanilla_trainer import VanillaTrainer
 from wasi_edge.units import parse_size
 
 # steps so small that a thousand of them change nothing; clipping and decay at work all the same
-RECIPE = Recipe(1e-6, 1e-6, 1e-6, 0.01, 1.0, 0.1)
+_RECIPE = Recipe(1e-6, 1e-6, 1e-6, 0.01, 1.0, 0.1)
 _CHECKPOINT = "+checkpoint"
 
 
@@ -76,7 +76,7 @@ class Contestant:
     """`entry` built on `subject` with the choices of a plan, for steps of `batch` photos."""
 
     def __init__(
-        self, subject: Subject, entry: Entry, choices: Choices, batch: int, seed: int, recipe: Recipe = RECIPE
+        self, subject: Subject, entry: Entry, choices: Choices, batch: int, seed: int, recipe: Recipe = _RECIPE
     ) -> None:
         self.entry, self.choices, self.batch = entry, choices, batch
         self._trainer = _build(subject, entry, choices, seed, recipe)

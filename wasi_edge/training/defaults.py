@@ -40,18 +40,18 @@ def optimizer(method: Method, steps: int, may_be_cut_short: bool) -> Optimizer:
     return Optimizer.SGD if many else Optimizer.POLAR
 
 
-def learning_rate(method: str, optimizer: Optimizer = Optimizer.POLAR) -> float:
+def learning_rate(method: str, optimizer: Optimizer) -> float:
     """Before the schedule, which stays below one where the rise is long (`training/loop.py`)."""
     return _SGD_RATE if optimizer is Optimizer.SGD else _LEARNING_RATE[method]
 
 
-def relative_rates(method: str, optimizer: Optimizer = Optimizer.POLAR) -> tuple[float, float]:
+def relative_rates(method: str, optimizer: Optimizer) -> tuple[float, float]:
     """Learning rates of norms, biases and embeddings, and of the classifier, relative to that of the weights."""
     if optimizer is Optimizer.SGD:
         return _SGD_DENSE_RATE, _SGD_HEAD_RATE
     return _DENSE_RATE[method], _HEAD_RATE[method]
 
 
-def weight_decay(optimizer: Optimizer = Optimizer.POLAR) -> float:
+def weight_decay(optimizer: Optimizer) -> float:
     """Relative to the learning rate."""
     return 0.0 if optimizer is Optimizer.SGD else WEIGHT_DECAY

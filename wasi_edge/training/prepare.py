@@ -94,11 +94,9 @@ def prepare(request: FinetuneRequest, events: Events, stop_wanted: Callable[[], 
     model = choose_model(request)
     folder = scan_folder(request.photos, min_classes=1 if model.is_run else 2, min_side=model.preprocessing.resize_side)
     labels = class_labels(model, folder.classes)
-    for note in _notes(request, model, labels, folder):
-        events.message(note)
     work = _work(request, folder, model.geometry)
-    if work.optimizer is Optimizer.SGD and request.optimizer is None:
-        events.message(f"{work.steps:,} steps: SGD, which ends ahead in runs as long as this (else --optimizer polar)")
+    for note in _notes(request, model, labels, folder, work):
+        events.message(note)
     ranks = _known_ranks(request, model)
     probe = run_probe(
         model.geometry,
@@ -288,7 +286,9 @@ def _decode_seconds(folder: PhotoFolder, model: ModelChoice) -> float:
     return (time.perf_counter() - began) / max(1, len(chosen))
 
 
-def _notes(request: FinetuneRequest, model: ModelChoice, labels: tuple[str, ...], folder: PhotoFolder) -> list[str]:
+def _notes(
+    request: FinetuneRequest, model: ModelChoice, labels: tuple[str, ...], folder: PhotoFolder, work: Work
+) -> list[str]:
     """Sentences about what this run does that is not obvious from the command."""
     notes = []
     factored = model.config is not None and any(rank is not None for rank in model.config.linears.values())
@@ -302,6 +302,8 @@ def _notes(request: FinetuneRequest, model: ModelChoice, labels: tuple[str, ...]
         dense = [name for name, rank in model.config.linears.items() if rank is None]
         if dense:
             notes.append(f"{len(dense)} dense linears are truncated to just below break-even: {', '.join(dense[:4])}")
+    if work.optimizer is Optimizer.SGD and request.optimizer is None:
+        notes.append(f"{work.steps:,} steps: SGD, which ends ahead in runs as long as this (else --optimizer polar)")
     if model.is_run:
         new = [label for label in folder.classes if model.config and label not in model.config.labels]
         absent = [label for label in labels if label not in folder.classes]
