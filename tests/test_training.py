@@ -47,6 +47,44 @@ def test_head_of_few_photos_is_not_infinitely_sharp():
     assert float((features @ head.weight.t() + head.bias).abs().max()) < 30
 
 
+def refitted_errors(features, labels, classes, penalty):
+    """Sum of squared errors of every photo by a ridge regression without it: standardised features, free intercept."""
+    x, y = features.double(), torch.nn.functional.one_hot(labels, classes).double()
+    x = (x - x.mean(0)) / x.std(0, correction=0)
+    total = 0.0
+    for left_out in range(len(x)):
+        rest = [i for i in range(len(x)) if i != left_out]
+        mean_x, mean_y = x[rest].mean(0), y[rest].mean(0)
+        inner = (x[rest] - mean_x).t() @ (x[rest] - mean_x) + penalty * len(x) * torch.eye(x.shape[1])
+        weight = torch.linalg.solve(inner, (x[rest] - mean_x).t() @ (y[rest] - mean_y))
+        total += float((mean_y + (x[left_out] - mean_x) @ weight - y[left_out]).square().sum())
+    return total
+
+
+@pytest.mark.parametrize(("width", "spread"), [(5, 0.8), (60, 2.5), (60, 0.5)])
+def test_head_has_the_penalty_that_refitting_without_each_photo_would_choose(width, spread):
+    """Fewer photos than features included: there a small penalty fits every photo, and says nothing of the next one."""
+    features, labels = clusters(per_class=12, width=width, spread=spread)
+    penalties = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)
+    best = min(penalties, key=lambda penalty: refitted_errors(features, labels, 3, penalty))
+    x = features.double()
+    deviation = x.std(0, correction=0)
+    x = (x - x.mean(0)) / deviation
+    y = torch.nn.functional.one_hot(labels, 3).double() - 1 / 3
+    expected = torch.linalg.solve(x.t() @ x + best * len(x) * torch.eye(width), x.t() @ y).t() / deviation
+    weight = fit_head(features, labels, 3).weight.double()
+    sharpness = weight.norm() / expected.norm()
+    assert float((weight / sharpness - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_head_of_fewer_photos_than_features_knows_new_photos():
+    features, labels = clusters(per_class=40, width=300, spread=3.0)
+    fresh, truth = clusters(per_class=200, width=300, spread=3.0, seed=0)
+    fresh = fresh + 3.0 * torch.randn(fresh.shape, generator=torch.Generator().manual_seed(1))
+    head = fit_head(features, labels, 3)
+    assert float(((fresh @ head.weight.t() + head.bias).argmax(1) == truth).float().mean()) > 0.9
+
+
 def test_a_rare_class_is_not_drowned():
     features, labels = clusters(per_class=60, spread=0.9)
     rare = torch.cat([(labels != 2).nonzero().flatten(), (labels == 2).nonzero().flatten()[:5]])

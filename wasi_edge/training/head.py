@@ -1,9 +1,11 @@
 """The closed-form classifier: ridge regression on the features of the frozen network.
 
 One pass over the photos gives features X (n, F); the head is the weighted least-squares fit of centred one-hot
-targets with an L2 penalty, chosen among a few by leave-one-out error, which ridge regression gives without
-refitting: e_i / (1 - h_i) (Allen 1974, PRESS). Least squares does not give probabilities, so its outputs are
-multiplied by one number, the temperature that makes the leave-one-out cross-entropy (of smoothed labels) smallest.
+targets on standardised features with an L2 penalty, chosen among a few by leave-one-out error, which ridge regression
+gives without refitting: e_i / (1 - h_i) (Allen 1974, PRESS). With fewer photos than features a small penalty fits every
+photo, both terms go to zero, and their quotient alone tells that fit from a good one: 1 - h_i is never rounded up.
+Least squares does not give probabilities, so its outputs are multiplied by one number, the temperature that makes the
+leave-one-out cross-entropy (of smoothed labels) smallest.
 
 Everything is a function of `FeatureStatistics`, sums over photos. They are stored with a finished run, so that a later
 run can fit a head for its new photos and for classes that it has no photos of any more.
@@ -20,7 +22,13 @@ from torch import Tensor
 from wasi_edge.chunks import HEAD_ROWS
 
 _SMOOTHING = 0.1
-_PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+# relative to the mean variance of a feature, times the number of photos
+_PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)
+_ROUNDING = 1e-12
+# 1 - h_i in float64 has an error of that order at the smallest penalty
+_LEAST_REMAINDER = 1e-9
+# of the largest standard deviation of a feature: one that hardly moves is not blown up
+_LEAST_DEVIATION = 1e-4
 
 
 class Head(NamedTuple):
@@ -81,23 +89,25 @@ def fit_head(features: Tensor, labels: Tensor, num_classes: int, earlier: Featur
     mean = now.sums.sum(0) / total
     prior = now.counts / total
     # photos that are all alike leave rounding errors for a scatter
-    floor = 1e-12 * float(now.second.diagonal().mean()) + 1e-30
+    floor = _ROUNDING * float(now.second.diagonal().mean()) + 1e-30
     # cross[c] = sum_i w_i (x_i - mean) (y_ic - prior_c)
     cross = now.sums - now.counts[:, None] * mean
     scatter = now.second.addr_(mean, mean, alpha=-float(total))
+    scale = _standardise(scatter, floor)
+    cross = cross * scale
     targets = torch.nn.functional.one_hot(labels, num_classes).double() - prior
 
     best: tuple[float, Tensor, Tensor] | None = None
     for penalty in _PENALTIES:
-        factor = _regularised_cholesky(scatter, penalty, floor)
+        factor = _regularised_cholesky(scatter, penalty)
         solution = torch.cholesky_solve(cross.t(), factor).t()  # (C, F)
         left_out = torch.empty_like(targets)
         for rows in torch.arange(len(features)).split(HEAD_ROWS):
-            x = features[rows].double().sub_(mean)
+            x = features[rows].double().sub_(mean).mul_(scale)
             energy = torch.linalg.solve_triangular(factor, x.t(), upper=False).square_().sum(0)
             leverage = weight[rows] * (energy + 1 / total)
             residual = targets[rows] - x @ solution.t()
-            left_out[rows] = targets[rows] - residual / (1 - leverage).clamp_min(1e-3)[:, None]
+            left_out[rows] = targets[rows] - residual / (1 - leverage).clamp_min(_LEAST_REMAINDER)[:, None]
         error = float((weight[:, None] * (left_out - targets).square()).sum())
         if best is None or error < best[0]:
             best = error, solution, left_out
@@ -105,19 +115,27 @@ def fit_head(features: Tensor, labels: Tensor, num_classes: int, earlier: Featur
     assert best is not None
     _, solution, chosen = best
     sharpness = _best_sharpness(chosen + prior, labels, weight)
-    full = sharpness * solution
+    full = sharpness * solution * scale
     bias = sharpness * prior - full @ mean
     return Head(full.float(), bias.float())
 
 
-def _regularised_cholesky(scatter: Tensor, penalty: float, floor: float) -> Tensor:
-    """The lower Cholesky factor of scatter (F, F) + (penalty * (mean eigenvalue) + floor) * I.
+def _standardise(scatter: Tensor, floor: float) -> Tensor:
+    """The inverse deviations (F,) of the features, by which the scatter (F, F) is scaled in place."""
+    deviation = scatter.diagonal().clamp_min(floor).sqrt()
+    scale = 1 / deviation.clamp_min(_LEAST_DEVIATION * float(deviation.max()))
+    scatter.mul_(scale[:, None]).mul_(scale)
+    return scale
+
+
+def _regularised_cholesky(scatter: Tensor, penalty: float) -> Tensor:
+    """The lower Cholesky factor of scatter (F, F) of standardised features + penalty * (mean eigenvalue) * I.
 
     One matrix of that size is made, and one by the library; an eigendecomposition, once for all penalties, would hold
     five in all.
     """
     factor = scatter.clone()
-    factor.diagonal().add_(penalty * float(scatter.diagonal().mean().clamp_min(0)) + floor)
+    factor.diagonal().add_(penalty * float(scatter.diagonal().mean().clamp_min(0)) + _ROUNDING)
     return torch.linalg.cholesky(factor, out=factor)
 
 
