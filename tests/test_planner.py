@@ -207,11 +207,11 @@ def test_blocks_stop_learning_only_where_nothing_else_fits():
 
 
 def test_frozen_blocks_are_cached_only_where_someone_asked_for_so_few():
-    half = dataclasses.replace(FEWER, blocks=usual_blocks(Method.WASI, 12), cached_views=3)
+    half = dataclasses.replace(FEWER, blocks=usual_blocks(Method.WASI, 12, 0.5), cached_views=3)
     usual = choose_plan(LOADS["vit-s"], half, BASE, 4096 * MB, SPEED)
     asked = choose_plan(LOADS["vit-s"], dataclasses.replace(half, blocks_named=True), BASE, 4096 * MB, SPEED)
     assert [(plan.trained_blocks, plan.cached_views) for plan in (usual, asked)] == [(6, 0), (6, 3)]
-    assert [usual_blocks(Method.WASI, depth) for depth in (1, 2, 3, 12)] == [1, 1, 2, 6]
+    assert [usual_blocks(Method.WASI, depth, 0.5) for depth in (1, 2, 3, 12)] == [1, 1, 2, 6]
 
 
 def test_fewer_blocks_cost_less_memory_and_less_time():

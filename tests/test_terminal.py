@@ -8,20 +8,16 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from wasi_edge.report.terminal import (
+from wasi_edge.report.terminal import evaluation_table, info_table, plan_table, predictions_table, summary
+from wasi_edge.report.words import (
     counted,
     epochs_text,
-    evaluation_table,
     figure_text,
     figures,
     headline,
-    info_table,
     label_text,
     per_class_rows,
     percent,
-    plan_table,
-    predictions_table,
-    summary,
     wilson_interval,
 )
 

@@ -16,7 +16,7 @@ from wasi_edge.models.vanilla import build_vanilla
 from wasi_edge.training.adam import Adam
 from wasi_edge.training.checkpoint import latest_checkpoint, save_checkpoint
 from wasi_edge.training.factor_update import FactorUpdate, polar_factor
-from wasi_edge.training.head import FeatureStatistics, Head, fit_head, merge_statistics
+from wasi_edge.training.head import FeatureStatistics, Head, accuracy_of_half, fit, fit_head, merge_statistics
 from wasi_edge.training.loop import schedule
 from wasi_edge.training.loss import cross_entropy
 from wasi_edge.training.trainer import Recipe, SubspaceTrainer
@@ -83,6 +83,20 @@ def test_head_of_fewer_photos_than_features_knows_new_photos():
     fresh = fresh + 3.0 * torch.randn(fresh.shape, generator=torch.Generator().manual_seed(1))
     head = fit_head(features, labels, 3)
     assert float(((fresh @ head.weight.t() + head.bias).argmax(1) == truth).float().mean()) > 0.9
+
+
+def test_accuracy_on_photos_left_out_is_that_on_new_ones_and_half_of_the_photos_knows_less():
+    features, labels = clusters(per_class=30, width=80, spread=2.0)
+    fitted = fit(features, labels, 3)
+    generator = torch.Generator().manual_seed(2)
+    centres, _ = clusters(per_class=1, width=80, spread=0.0)
+    truth = torch.randint(0, 3, (3000,), generator=generator)
+    fresh = centres[truth] + 2.0 * torch.randn(3000, 80, generator=generator)
+    logits = fresh @ fitted.head.weight.t() + fitted.head.bias
+    known = float((logits.argmax(1) == truth).float().mean())
+    assert abs(fitted.left_out_accuracy - known) < 0.1
+    half, accuracy = accuracy_of_half(features, labels, 3)
+    assert half == 45 and accuracy < fitted.left_out_accuracy
 
 
 def test_a_rare_class_is_not_drowned():

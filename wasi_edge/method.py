@@ -1,4 +1,4 @@
-"""The ways to train, the rules by which weights move, and what follows from each for gradients and memory. No torch."""
+"""The ways to train, the rules by which weights move, how thoroughly, and what follows from each. No torch."""
 
 from __future__ import annotations
 
@@ -37,6 +37,19 @@ class Method(enum.StrEnum):
     def is_explicit(self) -> bool:
         """Trained by the explicit engine, with gradients P U^T; else by autograd, or not at all."""
         return self in (Method.WASI, Method.WSI, Method.ASI)
+
+
+class Quality(enum.StrEnum):
+    """How long a run takes for how much accuracy, so that nobody has to know what an epoch is (`training/defaults.py`).
+
+    fast        a few minutes
+    default     where most of what there is to be gained has been
+    best        as long as anything was still gained in our tests
+    """
+
+    FAST = "fast"
+    DEFAULT = "default"
+    BEST = "best"
 
 
 class Optimizer(enum.StrEnum):

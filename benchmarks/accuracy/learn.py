@@ -1,7 +1,7 @@
 """One fine-tuning run in memory: the same loop, trainers and head as `finetune`, on a split of `datasets`.
 
-Test photos are looked at after every epoch and choose nothing: what counts is their accuracy after the epoch that
-validation chooses.
+Test photos choose nothing: what counts is their accuracy after the epoch that validation chooses. They are looked at
+after every epoch, or, where there are many of them, only with the head, the model that is kept and the last one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from wasi_edge.bench.contestant import free_choices
 from wasi_edge.bench.subject import Read, Subject
 from wasi_edge.data.augment import SCALE_RANGE, augment
 from wasi_edge.layers.saving import Pass
-from wasi_edge.method import Method, Optimizer
+from wasi_edge.method import Method, Optimizer, Quality
 from wasi_edge.models.network import build_network
 from wasi_edge.planner.choices import usual_blocks
 from wasi_edge.preprocess import normalise
@@ -72,7 +72,7 @@ class Variant:
         """How many of so many blocks learn, counted from the end."""
         if self.trained_share is not None:
             return math.ceil(self.trained_share * depth)
-        return usual_blocks(Method(self.method), depth)
+        return usual_blocks(Method(self.method), depth, defaults.trained_share(Quality.DEFAULT))
 
     @property
     def recipe(self) -> Recipe:
@@ -112,8 +112,10 @@ def learn(
     variant: Variant,
     seed: int,
     watch: Callable[[int, Trainer], None] = lambda epoch, trainer: None,
+    test_always: bool = True,
 ) -> dict[str, Any]:
-    """Accuracies of the closed-form head and after every epoch, and of the best of them by validation.
+    """Accuracies of the closed-form head and after every epoch, and of the best of them by validation; `test_always`
+    False: test photos are looked at three times, and the entries of other epochs have none.
 
     `seconds` of an epoch's entry: features, head and training up to its end, without validation; a step counts as the
     median of its epoch, so that a machine busy for a while does not. `watch` is called
@@ -143,7 +145,7 @@ def learn(
     first, head_test = validate(built, parts["val"]), validate(built, parts["test"])
     progress.best_accuracy, progress.best_loss = first.accuracy or 0.0, first.loss or 0.0
     note_epoch(progress, 0, first, 0.0, 0)
-    tests = [head_test.accuracy or 0.0]
+    tests: list[float | None] = [head_test.accuracy]
     history = [
         {
             "epoch": 0,
@@ -164,13 +166,25 @@ def learn(
             taken = np.diff(steps)
             times.append(times[-1] + float(np.median(taken)) * len(taken))
             steps[:] = steps[-1:]
-            tests.append(validate(built, parts["test"]).accuracy or 0.0)
+            is_last = len(times) - 1 == variant.epochs
+            tests.append(validate(built, parts["test"]).accuracy if test_always or is_last else None)
             watch(len(times) - 1, built)
 
-    hooks = Hooks(lambda: 0.0, lambda: False, lambda: None, lambda: None, on_step, lambda: 0)
+    kept: dict[str, torch.Tensor] = {}
+
+    def on_best() -> None:
+        if not test_always:
+            kept.update({name: value.clone() for name, value in built.parameters().items()})
+
+    hooks = Hooks(lambda: 0.0, lambda: False, on_best, lambda: None, on_step, lambda: 0)
     watch(0, built)
     if method is not Method.HEAD:
         train(built, parts["train"], parts["val"], settings, progress, _Quiet(), hooks)  # type: ignore[arg-type]
+    if kept and tests[progress.best_epoch] is None:
+        built.end_training()
+        for name, parameter in built.parameters().items():
+            parameter.copy_(kept[name])
+        tests[progress.best_epoch] = validate(built, parts["test"]).accuracy
     for entry, test, seconds in zip(progress.history[1:], tests[1:], times[1:], strict=True):
         history.append(
             {

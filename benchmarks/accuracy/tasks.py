@@ -46,6 +46,10 @@ class Task:
         """All of the task's photos at its size. Raises FileNotFoundError where the data is absent."""
         return _photos(self, preprocessing.with_image_size(self.size))
 
+    def pictures(self) -> list[Path | Image.Image]:
+        """The same pictures as they are on disk, in the same order."""
+        return [picture for _, _, picture in _pictures(self)]
+
     def split(self, photos: Photos, number: int) -> Split:
         """Split `number`. Photos whose data has a test part of its own are tested on those alone."""
         rng = np.random.default_rng([number, *self.name.encode()])

@@ -14,7 +14,7 @@ import typer
 from wasi_edge.cli import console
 from wasi_edge.cli.options import budget_from, require, require_empty
 from wasi_edge.errors import Interrupted, WasiEdgeError
-from wasi_edge.method import Method, Optimizer
+from wasi_edge.method import Method, Optimizer, Quality
 from wasi_edge.training.request import FinetuneRequest
 from wasi_edge.units import parse_duration
 
@@ -34,8 +34,10 @@ def finetune(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the result.", show_default="./wasi-run-N, the first free N")
     ] = None,
+    quality: Annotated[Quality, typer.Option(help="How thoroughly: minutes against accuracy.")] = Quality.DEFAULT,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Most passes over the photos.", show_default="6, of head none")
+        int | None,
+        typer.Option(min=1, help="Most passes over the photos.", show_default="by quality and number of photos"),
     ] = None,
     max_time: Annotated[str | None, typer.Option(help="Be done by then, e.g. 20m or 1h30m.")] = None,
     epsilon: Annotated[
@@ -56,7 +58,7 @@ def finetune(
     train_blocks: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Train the last N blocks alone.", show_default="half of them, or as many as fit the budget"
+            min=1, help="Train the last N blocks alone.", show_default="by quality, or as many as fit the budget"
         ),
     ] = None,
     rank: Annotated[
@@ -85,6 +87,7 @@ def finetune(
         budget_bytes=budget_from(budget),
         model=model,
         method=method,
+        quality=quality,
         epochs=epochs,
         max_seconds=None if max_time is None else parse_duration(max_time),
         epsilon=epsilon,

@@ -25,7 +25,8 @@ from wasi_edge.cli.console import is_lively
 from wasi_edge.memory.hardware import temperature_celsius, throttled
 from wasi_edge.memory.process import total_memory
 from wasi_edge.report.svg import finite, printable
-from wasi_edge.report.terminal import percent, plan_table
+from wasi_edge.report.terminal import plan_table
+from wasi_edge.report.words import percent
 from wasi_edge.units import format_duration, format_size
 
 _BAR_WIDTH = 16

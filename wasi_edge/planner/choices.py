@@ -18,10 +18,6 @@ from wasi_edge.keep import Keep, Rebuild
 from wasi_edge.method import Method
 
 MICRO_BATCHES = (16, 12, 8, 6, 4, 3, 2, 1)
-# Of the blocks, those that learn with wasi, wsi and asi where nobody asks for another number, counted from the end: the
-# others would at a small share of the rate, and without them as much is learned in two thirds of the time
-# (`notes/LOG.md`).
-TRAINED_SHARE = 1 / 2
 # augmented views of each photo that the frozen blocks see where their output is cached on disk
 CACHED_VIEWS = 3
 # Relative errors of the gradient of all linears, each choice alone against exact training, on real photos with the
@@ -92,9 +88,10 @@ class Choices:
         return {key.name: getattr(self, key.name) for key in dataclasses.fields(Choices)}
 
 
-def usual_blocks(method: Method, depth: int) -> int:
-    """How many of so many blocks learn where nobody asks for another number, counted from the end."""
-    return math.ceil(TRAINED_SHARE * depth) if method.is_explicit else depth
+def usual_blocks(method: Method, depth: int, share: float) -> int:
+    """How many of so many blocks learn where the count is not given, counted from the end: `share` of them with the
+    methods that have a choice."""
+    return math.ceil(share * depth) if method.is_explicit else depth
 
 
 # the ways of a tier with so many photos at once

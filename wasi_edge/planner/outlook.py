@@ -21,7 +21,7 @@ BUDGETS = tuple(size * 2**20 for size in (256, 384, 512, 768, 1024))
 USUAL_BASE = Base(start=300 * 2**20, steady=217 * 2**20)
 # seconds; only their ratios decide what is fastest
 _USUAL_SPEED = Speed(train_seconds=0.1, infer_seconds=0.035, update_seconds=0.1, decode_seconds=0.01)
-_BATCH, _GRADIENT_RANK, _EPOCHS, _CLASSES = 16, 32, 6, 10
+_BATCH, _GRADIENT_RANK, _EPOCHS, _CLASSES, _TRAINED_SHARE = 16, 32, 12, 10, 0.5
 
 
 def outlook(
@@ -43,7 +43,7 @@ def outlook(
         epochs=_EPOCHS,
         batch=_BATCH,
         gradient_rank=_GRADIENT_RANK,
-        blocks=usual_blocks(Method.WASI, geometry.depth),
+        blocks=usual_blocks(Method.WASI, geometry.depth, _TRAINED_SHARE),
         blocks_named=False,
         cached_views=CACHED_VIEWS,
     )

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from wasi_edge.report import terminal as words
+from wasi_edge.report import words
 from wasi_edge.report.bench_plots import memory_chart, pareto_chart, prediction_chart, speed_chart
 from wasi_edge.report.bench_table import (
     BenchGroup,

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from wasi_edge.report.page import mappings
 from wasi_edge.report.svg import finite, number_text, printable
-from wasi_edge.report.terminal import percent
+from wasi_edge.report.words import percent
 from wasi_edge.units import format_size
 
 Row = Mapping[str, Any]

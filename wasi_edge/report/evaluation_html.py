@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wasi_edge.report import terminal as words
+from wasi_edge.report import words
 from wasi_edge.report.page import document, folded, glued, mapping, section, table
 from wasi_edge.report.sections import ReportPhoto, class_by_class, mix_ups, photo_gallery, skipped_files
 from wasi_edge.report.svg import escape, finite

@@ -12,8 +12,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wasi_edge.report import svg
-from wasi_edge.report import terminal as words
+from wasi_edge.report import svg, words
+from wasi_edge.report.advice import advice
 from wasi_edge.report.page import document, folded, glued, mapping, section, table
 from wasi_edge.report.sections import ReportPhoto, class_by_class, mix_ups, photo_gallery, skipped_files
 from wasi_edge.report.svg import escape, finite
@@ -21,8 +21,8 @@ from wasi_edge.units import format_size
 
 _MAX_MEMORY_POINTS = 300
 _SHOWN_ELSEWHERE = {
-    "classes", "confusion", "continued_from", "error", "hardware", "history", "memory_samples",
-    "per_class", "plan", "skipped_files", "versions",
+    "classes", "confusion", "continued_from", "error", "hardware", "history", "learning_curve",
+    "memory_samples", "per_class", "plan", "skipped_files", "versions",
 }  # fmt: skip
 
 
@@ -36,6 +36,7 @@ def render_finetune_report(report: Mapping[str, Any], photos: Sequence[ReportPho
     sections = (
         _tiles(report),
         _continuation(report),
+        _advice(report),
         _usage(report),
         _curves(report),
         photo_gallery("Photos it never trained on", photos),
@@ -74,6 +75,11 @@ def _continuation(report: Mapping[str, Any]) -> str:
     note = f"<p>Without photos this time: {absent}. Kept, but not tested here.</p>" if absent else ""
     groups_table = table(("", "classes", "accuracy before", "accuracy now"), rows)
     return section("Since the last run", groups_table + note)
+
+
+def _advice(report: Mapping[str, Any]) -> str:
+    items = "".join(f"<li>{glued(sentence)}</li>" for sentence in advice(report))
+    return section("What would help", f"<ul>{items}</ul>" if items else "")
 
 
 def _usage(report: Mapping[str, Any]) -> str:

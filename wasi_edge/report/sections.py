@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from wasi_edge.report import svg
-from wasi_edge.report import terminal as words
+from wasi_edge.report import svg, words
 from wasi_edge.report.page import section, table
 from wasi_edge.report.svg import escape, finite
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from wasi_edge.method import Method, Optimizer
+from wasi_edge.method import Method, Optimizer, Quality
 
 GRADIENT_RANK = 32
 BATCH = 16
 PATIENCE = 5
+# of the frozen head, on at least so many photos it does not know, from which training could gain less than a point
+ENOUGH_ACCURACY, ENOUGH_PHOTOS = 0.99, 20
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 LABEL_SMOOTHING = 0.1
@@ -25,13 +27,28 @@ MANY_STEPS = 1000
 # Its steps follow the gradient: another scale of rates, and none of the decay that goes with them.
 _SGD_RATE, _SGD_DENSE_RATE, _SGD_HEAD_RATE = 0.3, 2e-4, 8e-4
 
-_EPOCHS = {"wasi": 6, "wsi": 6, "asi": 6, "vanilla": 6, "lora": 6, "head": 0}
+# Optimiser steps that a run of each quality is as near to as whole epochs allow, and the epochs it stays between: few
+# photos are seen more often, many of them less often.
+_STEPS = {Quality.FAST: 150, Quality.DEFAULT: 300, Quality.BEST: 600}
+_EPOCHS = {Quality.FAST: (6, 6), Quality.DEFAULT: (8, 20), Quality.BEST: (16, 40)}
+# Of the blocks, those that learn, counted from the end.
+_TRAINED_SHARE = {Quality.FAST: 0.5, Quality.DEFAULT: 0.5, Quality.BEST: 1.0}
+
 _LEARNING_RATE = {"wasi": 1.2e-4, "wsi": 1.2e-4, "asi": 1.2e-4, "vanilla": 5e-5, "lora": 5e-4, "head": 0.0}
 
 
-def epochs(method: str) -> int:
-    """Epochs of gradient steps."""
-    return _EPOCHS[method]
+def epochs(method: Method, quality: Quality, num_train: int, batch: int) -> int:
+    """Epochs of gradient steps over so many photos."""
+    if method is Method.HEAD:
+        return 0
+    fewest, most = _EPOCHS[quality]
+    steps = max(1, -(-num_train // batch))
+    return min(most, max(fewest, round(_STEPS[quality] / steps)))
+
+
+def trained_share(quality: Quality) -> float:
+    """Share of the blocks that learn, with the methods that have a choice."""
+    return _TRAINED_SHARE[quality]
 
 
 def optimizer(method: Method, steps: int, may_be_cut_short: bool) -> Optimizer:

@@ -229,16 +229,17 @@ def _work(request: FinetuneRequest, folder: PhotoFolder, geometry: Geometry) -> 
     for flag, value in explicit.items():
         if value is not None and not request.method.is_explicit:
             raise UsageError(f"{flag} is for --method wasi, wsi and asi; {request.method} has no say in it")
-    blocks = usual_blocks(request.method, geometry.depth)
+    blocks = usual_blocks(request.method, geometry.depth, defaults.trained_share(request.quality))
     if request.train_blocks is not None:
         if request.train_blocks > geometry.depth:
             raise UsageError(f"--train-blocks {request.train_blocks}: the model has {geometry.depth} blocks")
         blocks = request.train_blocks
+    batch = min(request.batch or defaults.BATCH, max(num_train, 1))
     work = Work(
         num_train=num_train,
         num_val=num_val,
-        epochs=request.epochs or defaults.epochs(request.method),
-        batch=min(request.batch or defaults.BATCH, max(num_train, 1)),
+        epochs=request.epochs or defaults.epochs(request.method, request.quality, num_train, batch),
+        batch=batch,
         gradient_rank=request.gradient_rank or defaults.GRADIENT_RANK,
         blocks=blocks,
         blocks_named=request.train_blocks is not None,

@@ -16,6 +16,7 @@ def base_report(prepared: Prepared, status: str, watch: MemoryWatch) -> dict[str
         "status": status,
         "model": model.name,
         "method": str(request.method),
+        "quality": str(request.quality),
         "epsilon": model.epsilon,
         "budget_bytes": request.budget_bytes,
         "planned_peak_rss_bytes": plan.peak_bytes,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from wasi_edge.method import Method, Optimizer
+from wasi_edge.method import Method, Optimizer, Quality
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class FinetuneRequest:
     model           'default', a model folder, a Hugging Face folder, or an earlier run
     budget_bytes    resident and swapped memory of all processes of the command
     out             folder of the result; the command line has already chosen one
+    quality         how thoroughly: decides `epochs` and `train_blocks` where they are not given
     max_seconds     stop in time to be done by then
     train_blocks    blocks that learn, counted from the end
     gradient_rank   directions of each linear's inputs that its gradient keeps
@@ -33,6 +34,7 @@ class FinetuneRequest:
     budget_bytes: int
     model: str = "default"
     method: Method = Method.WASI
+    quality: Quality = Quality.DEFAULT
     epochs: int | None = None
     max_seconds: float | None = None
     epsilon: float | None = None

@@ -28,7 +28,7 @@ from wasi_edge.training.checkpoint import Checkpoint, drop_checkpoints, latest_c
 from wasi_edge.training.cooling import Cooler
 from wasi_edge.training.frozen import TokenFile, cache_tokens, count_passes, identity_of
 from wasi_edge.training.guard import MemoryGuard
-from wasi_edge.training.head import FeatureStatistics, Head, fit_head
+from wasi_edge.training.head import FeatureStatistics, Head, accuracy_of_half, fit
 from wasi_edge.training.loop import Hooks, LoopSettings, Progress, Validation, note_epoch, train, validate
 from wasi_edge.training.onnx_result import Sample
 from wasi_edge.training.photos import PhotoSet, split_photos
@@ -71,6 +71,7 @@ class Session:
         self._photos = self._photo_set(train_indices, weighted=True)
         self._held_out = self._photo_set(val_indices, weighted=False)
         self._head_accuracy: float | None = None
+        self._learning_curve: list[dict[str, float]] = []
         self._before: dict[str, Any] | None = None
         self._saved_at: float | None = None
         self._unsaved = False
@@ -93,6 +94,9 @@ class Session:
             self._start(trainer, progress)
         if self._prepared.request.method is Method.HEAD:
             status = "completed"
+        elif self._head_suffices():
+            self._events.message("the frozen head makes next to no mistakes: there is nothing to train for")
+            status = "early_stopped"
         else:
             status = self._train(trainer, progress)
         if status == "interrupted":
@@ -160,9 +164,14 @@ class Session:
         self._events.stage("looking at the photos", len(self._photos))
         features = result.features_of(trainer, self._photos, range(len(self._photos)), self._advance)
         labels, num_classes = self._photos.labels, len(self._prepared.labels)
-        head = fit_head(features, labels, num_classes, self._earlier_statistics()[0])
+        fitted = fit(features, labels, num_classes, self._earlier_statistics()[0])
+        half, accuracy = accuracy_of_half(features, labels, num_classes)
         del features
-        trainer.set_head(head)
+        self._learning_curve = [
+            {"photos": half, "accuracy": accuracy},
+            {"photos": len(labels), "accuracy": fitted.left_out_accuracy},
+        ]
+        trainer.set_head(fitted.head)
         validation = validate(trainer, self._held_out, self._events)
         self._head_accuracy = validation.accuracy
         progress.best_accuracy = -1.0 if validation.accuracy is None else validation.accuracy
@@ -170,6 +179,17 @@ class Session:
         entry = note_epoch(progress, 0, validation, self._elapsed(), self._watch.peak_rss_bytes)
         self._save_model(trainer)
         self._events.epoch(entry)
+
+    def _head_suffices(self) -> bool:
+        """Whether the frozen head is right on next to all photos that it does not know, so that nothing can be gained.
+        Whoever gives the number of epochs gets them."""
+        if self._head_accuracy is None or not self._learning_curve or self._prepared.request.epochs is not None:
+            return False
+        left_out = self._learning_curve[-1]["accuracy"]
+        return (
+            min(self._head_accuracy, left_out) >= defaults.ENOUGH_ACCURACY
+            and len(self._held_out) >= defaults.ENOUGH_PHOTOS
+        )
 
     def _finish(self, trainer: Trainer, progress: Progress, status: str) -> dict[str, Any]:
         """The best model again, its held-out photos, the statistics for a later run, the reports."""
@@ -224,6 +244,8 @@ class Session:
             "total_seconds": round(self._elapsed(), 2),
             "images_per_second": round(seen / progress.train_seconds, 2) if progress.train_seconds else None,
             "head_only_val_accuracy": self._head_accuracy,
+            "head_sufficed": self._head_suffices(),
+            "learning_curve": self._learning_curve,
             "best_val_accuracy": None if progress.best_accuracy < 0 else progress.best_accuracy,
             "best_epoch": progress.best_epoch,
             "final_val_accuracy": history[-1]["val_accuracy"] if history else None,
@@ -241,6 +263,7 @@ class Session:
             {
                 "progress": progress.to_dict(),
                 "head_accuracy": self._head_accuracy,
+                "learning_curve": self._learning_curve,
                 "before": self._before,
             },
         )
@@ -260,6 +283,7 @@ class Session:
     def _restore(self, trainer: Trainer, checkpoint: Checkpoint) -> Progress:
         trainer.load_state(checkpoint.tensors())
         self._head_accuracy = checkpoint.progress["head_accuracy"]
+        self._learning_curve = checkpoint.progress.get("learning_curve", [])
         self._before = checkpoint.progress["before"]
         self._resumed_from = checkpoint.step
         self._saved_at = time.monotonic()
