@@ -136,6 +136,33 @@ def test_the_result_predicts_what_its_report_says(finished, base):
     assert hits >= 16
 
 
+def test_quality_decides_how_long_and_how_much_learns(base, tmp_path):
+    plans = {
+        quality: report_of(run(*finetune(base, tmp_path / "out", "--quality", quality, "--dry-run")))
+        for quality in ("fast", "default", "best")
+    }
+    assert [plans[quality]["quality"] for quality in plans] == list(plans)
+    assert [plans[quality]["epochs_planned"] for quality in plans] == [6, 20, 40]
+    assert plans["best"]["planned_seconds"] > plans["fast"]["planned_seconds"]
+    named = report_of(run(*finetune(base, tmp_path / "out", "--quality", "best", "--epochs", 2, "--dry-run")))
+    assert named["epochs_planned"] == 2 and named["trained_blocks"] == plans["best"]["trained_blocks"]
+    refused = run(*finetune(base, tmp_path / "out", "--quality", "perfect", "--dry-run"))
+    assert refused.returncode == 2
+
+
+def test_a_head_that_makes_no_mistakes_is_kept_and_nothing_is_trained(base, tmp_path):
+    """Red and green photos, of which enough are held back to be sure."""
+    photos = render(tmp_path / "photos", per_class=40, seed=1)
+    done = run(*finetune(base, tmp_path / "out", "--val-split", 0.4, photos=photos))
+    report = report_of(done)
+    assert report["head_only_val_accuracy"] == 1.0 and report["head_sufficed"] is True
+    assert (report["status"], report["optimizer_steps"], report["best_epoch"]) == ("early_stopped", 0, 0)
+    assert "next to no mistakes" in done.stderr
+    assert [point["photos"] for point in report["learning_curve"]] == [24, 48]
+    asked = report_of(run(*finetune(base, tmp_path / "asked", "--epochs", 1, "--val-split", 0.4, photos=photos)))
+    assert asked["status"] == "completed" and asked["optimizer_steps"] == 12
+
+
 def test_long_runs_learn_by_sgd_and_say_so(base, finished, tmp_path):
     assert finished[0]["optimizer"] == "polar"
     long = ("--epochs", 400, "--dry-run")  # 1,600 steps
