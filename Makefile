@@ -23,7 +23,7 @@ unexport VIRTUAL_ENV
 PAPER_STUDIES := fig2_dimensions fig3a_spectra fig3b_iteration fig4_activations fig5_epsilon rank_selection
 ACCURACY_STUDIES := conversion embedded_heads recipes against_vanilla
 
-.PHONY: demo test lint bench arm64 default-model clean $(PAPER_STUDIES:%=study-%) $(ACCURACY_STUDIES:%=study-%) study-time_to_accuracy study-optimisers
+.PHONY: demo test lint bench arm64 default-model clean $(PAPER_STUDIES:%=study-%) $(ACCURACY_STUDIES:%=study-%) study-time_to_accuracy study-optimisers study-leave_one_out study-heads
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -91,7 +91,7 @@ default-model: build/default-converted/model.safetensors
 	$(BIN)/python -m benchmarks.default_model.heal --source $(SHARED)/models/vit-s14 --photos $(SHARED)/data/photos-1k \
 	  --tiles $(SHARED)/data/tiny-imagenet-32 --student $(<D) --out build/default-model $(ARGS)
 
-study-time_to_accuracy study-optimisers: study-%: $(VENV)/.stamp-run
+study-time_to_accuracy study-optimisers study-leave_one_out study-heads: study-%: $(VENV)/.stamp-run
 	$(BIN)/python -m benchmarks.accuracy.$* $(ARGS)
 
 clean:

@@ -144,7 +144,9 @@ def embedded_heads(datasets: list[str], repeats: int) -> Iterator[Job]:
     for name in datasets or HEAD_SETS:
         per_class, train, test = HEAD_SETS[name]
         for label, model in (("dense", DENSE_MODEL), ("embedded", "default")):
-            settings = settings_of(HEAD, _subject(model, 168), photos_per_class=per_class, train=train, test=test)
+            settings = settings_of(
+                HEAD, _subject(model, 168), photos_per_class=per_class, train=train, test=test, head="standardised"
+            )
             for split in range(repeats):
                 yield Job(name, label, split, partial(_head_test, name, model, per_class, train, test, split), settings)
 
