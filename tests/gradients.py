@@ -7,7 +7,7 @@ from models import dense_reader
 from reference import relative_difference
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wasi_edge.layers.linear import WasiLinear
+from wasi_edge.layers.linear import SubspaceLinear
 from wasi_edge.layers.saving import Pass
 from wasi_edge.models.network import artefact_name, resampled
 from wasi_edge.models.vanilla import build_vanilla
@@ -17,7 +17,7 @@ def engine_gradients(model, pixels, dfeatures, keep, gradient_rank=10_000):
     """Gradients by artefact name, low-rank ones multiplied out to the dense gradient of the product."""
     generator = torch.Generator().manual_seed(1)
     for name, linear in model.linears().items():
-        if isinstance(linear, WasiLinear):
+        if isinstance(linear, SubspaceLinear):
             linear.start_training(gradient_rank, model.tokens_of(name), generator)
     run = Pass(refresh_basis=True)
     features, saved = model.features(pixels, run, [keep] * len(model.blocks))

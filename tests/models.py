@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from wasi_edge.layers.linear import PLAIN_KINDS, LinearKinds
 from wasi_edge.models.geometry import ViTGeometry
 from wasi_edge.models.geometry_swin import SwinGeometry
 from wasi_edge.models.network import VisionTransformer, build_network
@@ -16,16 +17,23 @@ TINY = ViTGeometry(
 )
 
 
+# of TINY, some of them stored dense: one of each kind, those with LayerScale too
+MIXED: dict[str, int | None] = {
+    name: None if name in ("blocks.0.fc1", "blocks.0.proj", "blocks.1.qkv", "blocks.1.fc2") else 6
+    for name in TINY.linear_shapes()
+}
+
+
 def random_tensors(
     geometry: ViTGeometry | SwinGeometry,
-    rank: int | None = 6,
+    rank: int | Mapping[str, int | None] | None = 6,
     num_classes: int | None = 3,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[dict[str, int | None], dict[str, Tensor]]:
-    """`(ranks, tensors)` of a random network; rank None makes every linear dense."""
+    """`(ranks, tensors)` of a random network; `rank` of every linear or of each by name, None makes it dense."""
     generator = torch.Generator().manual_seed(seed)
-    ranks: dict[str, int | None] = {name: rank for name in geometry.linear_shapes()}
+    ranks = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(geometry.linear_shapes(), rank)
     tensors = {}
     for name, shape in geometry.tensor_shapes(ranks, num_classes).items():
         value = torch.randn(shape, generator=generator, dtype=dtype)
@@ -50,14 +58,15 @@ def multiplied_out(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def random_vit(
     geometry: ViTGeometry = TINY,
-    rank: int | None = 6,
+    rank: int | Mapping[str, int | None] | None = 6,
     image_size: int = 16,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
+    kinds: LinearKinds = PLAIN_KINDS,
 ) -> VisionTransformer:
     """A random network with a classifier of three classes."""
     ranks, tensors = random_tensors(geometry, rank, seed=seed, dtype=dtype)
-    return build_network(geometry, ranks, lambda name: tensors[name].clone(), image_size, head=True)
+    return build_network(geometry, ranks, lambda name: tensors[name].clone(), image_size, head=True, kinds=kinds)
 
 
 def dense_reader(tensors: dict[str, Tensor]):

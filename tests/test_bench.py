@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from models import TINY, dense_reader, random_tensors
+from models import MIXED, TINY, dense_reader, random_tensors
 from reference import one_thread  # noqa: F401
 from test_finetune import render
 from tiny_artefact import write_tiny
@@ -99,9 +99,11 @@ def test_low_rank_updates_are_counted_as_a_profiler_counts_them():
     assert measured == counted.train - attention(7) - first_input
 
 
-@pytest.mark.parametrize("method", [Method.WASI, Method.ASI])
-def test_the_passes_of_the_explicit_engine_are_counted_as_a_profiler_counts_them(method):
-    ranks, tensors = random_tensors(TINY, RANK if method.has_factors else None, CLASSES, dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("method", "rank"), [(Method.WASI, RANK), (Method.ASI, None), (Method.WASI, MIXED), (Method.WSI, MIXED)]
+)
+def test_the_passes_of_the_explicit_engine_are_counted_as_a_profiler_counts_them(method, rank):
+    ranks, tensors = random_tensors(TINY, rank, CLASSES, dtype=torch.float32)
     model = build_network(TINY, ranks, tensors.__getitem__, SIZE, head=False, kinds=LinearKinds.of(method))
     generator = torch.Generator().manual_seed(0)
     for linear in model.linears().values():
@@ -114,14 +116,14 @@ def test_the_passes_of_the_explicit_engine_are_counted_as_a_profiler_counts_them
         model.backward(saved, torch.ones_like(features), run, lambda *_: None)
 
     # products run over padded ranks
-    held = padded_rank(RANK)
-    counted = step_flops(TINY, SIZE, ranks_of(held if method.has_factors else None), method, GRADIENT_RANK, BATCH)
+    held = {name: rank and padded_rank(rank) for name, rank in ranks.items()}
+    counted = step_flops(TINY, SIZE, held, method, GRADIENT_RANK, BATCH)
     with torch.no_grad():
         assert products(lambda: model.features(pixels(), run)) == counted.infer - attention(2)
         measured = products(both)
     # LayerScale's gradient: W U, small and once a pass
     scale = sum(
-        2 * GRADIENT_RANK * (held * (out + inner) if method.has_factors else out * inner)
+        2 * GRADIENT_RANK * (held[name] * (out + inner) if held[name] else out * inner)
         for name, (out, inner) in TINY.linear_shapes().items()
         if name.endswith(("proj", "fc2"))
     )

@@ -6,17 +6,16 @@ import dataclasses
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from models import TINY, random_tensors
+from models import MIXED, TINY, random_tensors
 from reference import one_thread  # noqa: F401
 from torch.profiler import ProfilerActivity, profile
 
-from wasi_edge.conversion.factorise import factorise
 from wasi_edge.keep import Keep, Rebuild
-from wasi_edge.layers.linear import LinearKinds, WasiLinear
+from wasi_edge.layers.linear import AsiLinear, LinearKinds, SubspaceLinear, WasiLinear
 from wasi_edge.method import Method, Optimizer
 from wasi_edge.models.geometry import ViTGeometry
 from wasi_edge.models.network import build_network
@@ -27,7 +26,6 @@ from wasi_edge.planner.memory import (
     fresh_bytes,
     frozen_items,
     head_items,
-    loading_items,
     total,
     training_items,
     update_scratch_bytes,
@@ -42,10 +40,18 @@ MB = 2**20
 SMALL = ViTGeometry(4, width=96, depth=3, heads=3, mlp_width=384, position_grid=7, layer_scale=True)
 VIT_B = ViTGeometry(16, width=768, depth=12, heads=12, mlp_width=3072, position_grid=14, features="class")
 RECIPE = Recipe(1e-3, 1e-3, 1e-3, 0.01, 2.0, 0.1)
+# of SMALL, some stored dense
+IN_PART: dict[str, int | None] = {
+    **dict.fromkeys(SMALL.linear_shapes(), 30),
+    **dict.fromkeys(("blocks.0.fc1", "blocks.1.proj", "blocks.1.fc2", "blocks.2.qkv")),
+}
 
 
-def workload(geometry: ViTGeometry, rank: int | None, image_size: int, method: Method = Method.WASI) -> Workload:
-    ranks = dict.fromkeys(geometry.linear_shapes(), rank)
+Ranks = int | Mapping[str, int | None] | None
+
+
+def workload(geometry: ViTGeometry, rank: Ranks, image_size: int, method: Method = Method.WASI) -> Workload:
+    ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(geometry.linear_shapes(), rank)
     return Workload(geometry, image_size, ranks, 3, method, augment_photo_bytes=0)
 
 
@@ -66,8 +72,7 @@ def small_choices(
     )
 
 
-def small_trainer(choices: Choices, method: Method = Method.WASI) -> SubspaceTrainer:
-    rank = 30 if method.has_factors else None
+def small_trainer(choices: Choices, method: Method = Method.WASI, rank: Ranks = 30) -> SubspaceTrainer:
     ranks, tensors = random_tensors(SMALL, rank, 3, dtype=torch.float32)
     if choices.weight_bits == 16:
         tensors = {k: v.half() if k.endswith((".left", ".right")) else v for k, v in tensors.items()}
@@ -91,7 +96,7 @@ def bytes_of(items: list[Item], *starts: str) -> int:
     return sum(item.bytes for item in items if item.item.startswith(starts))
 
 
-@pytest.mark.parametrize("rank", [6, None])
+@pytest.mark.parametrize("rank", [6, None, MIXED])
 @pytest.mark.parametrize("image_size", [16, 24])
 @pytest.mark.parametrize(
     "change", [{}, {"layer_scale": False}, {"features": "mean", "class_token": False}, {"features": "class"}]
@@ -117,9 +122,11 @@ def test_update_state_is_counted_to_the_byte(gradient_rank, optimizer):
     ranks, tensors = random_tensors(TINY, 6, 3, dtype=torch.float32)
     ranks["blocks.0.fc1"] = 9
     tensors["blocks.0.fc1.left"], tensors["blocks.0.fc1.right"] = torch.randn(40, 9), torch.randn(9, 24)
-    linears = {}
-    for name, linear in build_network(TINY, ranks, tensors.__getitem__, 16, head=True).linears().items():
-        assert isinstance(linear, WasiLinear)
+    ranks["blocks.1.fc1"], tensors["blocks.1.fc1.weight"] = None, torch.randn(40, 24)
+    linears: dict[str, SubspaceLinear] = {}
+    kinds = LinearKinds.of(Method.WASI)
+    for name, linear in build_network(TINY, ranks, tensors.__getitem__, 16, head=True, kinds=kinds).linears().items():
+        assert isinstance(linear, SubspaceLinear)
         linear.start_training(gradient_rank, 17, torch.Generator().manual_seed(0))
         linears[name] = linear
     rule = FactorUpdate(linears, 0.0, optimizer=optimizer)
@@ -168,12 +175,23 @@ def test_planned_buffers_cover_those_of_the_engine_by_at_most_a_third(micro_batc
 
 
 @pytest.mark.parametrize("again", [AGAIN[0], AGAIN[3], AGAIN[6]])
-@pytest.mark.parametrize("method", [Method.WSI, Method.ASI])
-def test_planned_buffers_cover_those_of_other_methods_too(method, again):
-    choices = small_choices(4, again, 32)
-    trainer = small_trainer(choices, method)
+@pytest.mark.parametrize(
+    ("method", "rank", "bits"),
+    [
+        (Method.WSI, 30, 32),
+        (Method.ASI, None, 32),
+        (Method.WASI, None, 32),
+        (Method.WSI, None, 32),
+        (Method.WASI, IN_PART, 32),
+        (Method.WASI, IN_PART, 16),
+        (Method.WSI, IN_PART, 16),
+    ],
+)
+def test_planned_buffers_cover_those_of_other_methods_and_of_dense_weights(method, rank, bits, again):
+    choices = small_choices(4, again, bits)
+    trainer = small_trainer(choices, method, rank)
     train(trainer, 4, 1)
-    load = workload(SMALL, 30 if method.has_factors else None, 28, method)
+    load = workload(SMALL, rank, 28, method)
     planned = bytes_of(training_items(load, choices), "kept for", "buffers of")
     assert trainer.held_bytes() <= planned <= 1.35 * trainer.held_bytes() + fresh_bytes(load, 4)
 
@@ -189,17 +207,27 @@ def peak_of_allocations(work: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("bits", [32, 16])
 @pytest.mark.parametrize(
-    ("micro_batch", "again", "trained"),
-    [(2, AGAIN[0], 3), (8, AGAIN[0], 3), (8, AGAIN[2], 3), (8, AGAIN[3], 3), (8, AGAIN[6], 3), (8, AGAIN[0], 2)],
+    ("micro_batch", "again", "trained", "rank"),
+    [
+        (2, AGAIN[0], 3, 30),
+        (8, AGAIN[0], 3, 30),
+        (8, AGAIN[2], 3, 30),
+        (8, AGAIN[3], 3, 30),
+        (8, AGAIN[6], 3, 30),
+        (8, AGAIN[0], 2, 30),
+        (8, AGAIN[0], 3, IN_PART),
+        (8, AGAIN[6], 2, IN_PART),
+        (8, AGAIN[6], 3, None),
+    ],
 )
-def test_planned_items_cover_every_allocation_of_a_step_by_at_most_a_quarter(micro_batch, again, trained, bits):
+def test_planned_items_cover_every_allocation_of_a_step_by_at_most_a_quarter(micro_batch, again, trained, rank, bits):
     """Without the headroom; the weights were there before and the photos are smaller than a block's input."""
     choices = small_choices(micro_batch, again, bits, trained=trained)
-    trainer = small_trainer(choices)
+    trainer, load = small_trainer(choices, rank=rank), workload(SMALL, rank, 28)
     peak = peak_of_allocations(lambda: train(trainer, micro_batch, 4))  # from a cold start, two turns
-    items = training_items(workload(SMALL, 30, 28), choices)
+    items = training_items(load, choices)
     # the update works in memory lent by buffers, which the profiler sees as theirs
-    lent = update_scratch_bytes(itertools.chain(*workload(SMALL, 30, 28).linears)) // 2
+    lent = update_scratch_bytes(itertools.chain(*load.linears), choices.gradient_rank) // 2
     planned = bytes_of(items, "gradients", "optimiser", "kept for", "buffers of", "photos") + lent
     assert peak <= planned <= 1.25 * peak
 
@@ -215,11 +243,23 @@ def test_an_update_takes_less_than_the_scratch_that_is_planned_and_lent(shape, b
     rule = FactorUpdate({"linear": linear}, 0.01, carry_grams=bits == 32)
     gradient = torch.randn(out, 16)
     rule.update("linear", gradient, 1e-3, 1)  # makes the momentum
-    planned = update_scratch_bytes([(out, inner, rank)])
+    planned = update_scratch_bytes([(out, inner, rank)], 16)
     assert rule.scratch_bytes == planned
     for step in (2, ORTHONORMALISE_EVERY):  # then the pair is made orthonormal
         # the rest is for the gaps that blocks of many sizes leave in the heap
         assert peak_of_allocations(lambda step=step: rule.update("linear", gradient, 1e-3, step)) <= 0.7 * planned
+
+
+@pytest.mark.parametrize("gradient_rank", [8, 32, 64])
+@pytest.mark.parametrize("shape", [(1536, 384), (384, 1536), (192, 192)])
+def test_so_does_the_update_of_a_dense_weight(shape, gradient_rank):
+    linear = AsiLinear(torch.randn(*shape) / 30, None)
+    linear.start_training(gradient_rank, 50, torch.Generator().manual_seed(0))
+    rule, gradient = FactorUpdate({"linear": linear}, 0.01), torch.randn(shape[0], gradient_rank)
+    rule.update("linear", gradient, 1e-3, 1)
+    planned = update_scratch_bytes([(*shape, 0)], gradient_rank)
+    assert rule.scratch_bytes == planned
+    assert peak_of_allocations(lambda: rule.update("linear", gradient, 1e-3, 2)) <= 0.7 * planned
 
 
 def test_where_pages_cannot_be_lent_the_update_is_counted_beside_the_buffers():
@@ -239,28 +279,26 @@ def test_what_exists_before_the_head_is_fitted_is_counted_there():
 
 
 def test_dense_layers_of_frozen_blocks_are_counted_as_they_are_held():
-    stored: dict[str, int | None] = {**dict.fromkeys(SMALL.linear_shapes(), 32), "blocks.0.fc1": None}
-    load = dataclasses.replace(workload(SMALL, 32, 28), stored_ranks=stored)
     choices = dataclasses.replace(small_choices(1, AGAIN[0], 16, trained=2), cached_views=2)
-    ranks, tensors = random_tensors(SMALL, 32, 3, dtype=torch.float32)
-    ranks = stored
-    tensors["blocks.0.fc1.weight"] = torch.randn(384, 96)
+    ranks, tensors = random_tensors(SMALL, IN_PART, 3, dtype=torch.float32)
     tensors = {key: value.half() if key.endswith((".left", ".right")) else value for key, value in tensors.items()}
     frozen = build_network(SMALL, ranks, tensors.__getitem__, 28, head=False, blocks=range(1))
     # with the padding of their ranks
     held = sum(v.untyped_storage().nbytes() for n, v in frozen.parameters().items() if not n.startswith("norm."))
-    assert bytes_of(frozen_items(load, choices), "weights") == held
-    # nothing of it is truncated: it does not learn
-    assert loading_items(load, choices) == []
+    assert bytes_of(frozen_items(workload(SMALL, IN_PART, 28), choices), "weights") == held
 
 
-def test_truncating_a_dense_layer_is_counted():
-    stored: dict[str, int | None] = {**dict.fromkeys(VIT_B.linear_shapes(), 300), "blocks.3.fc1": None}
-    load = dataclasses.replace(workload(VIT_B, 300, 224), stored_ranks=stored)
-    choices = Choices(micro_batch=1, trained_blocks=12, gradient_rank=32)
-    weight = torch.randn(*VIT_B.linear_shapes()["blocks.3.fc1"])
-    peak = weight.nbytes + peak_of_allocations(lambda: factorise(weight, 300))
-    assert peak <= bytes_of(loading_items(load, choices), "one dense weight") <= 1.5 * peak
+@pytest.mark.parametrize("bits", [32, 16])
+@pytest.mark.parametrize("rank", [30, IN_PART, None], ids=["factors", "in part", "dense"])
+def test_weights_that_learn_are_counted_as_they_are_held(rank, bits):
+    choices = small_choices(1, AGAIN[0], bits)
+    items = training_items(workload(SMALL, rank, 28), choices)
+    parameters = small_trainer(choices, rank=rank).model.parameters()
+    held = {name: value.untyped_storage().nbytes() for name, value in parameters.items()}
+    weights = (".left", ".right", "qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")
+    assert items[0].bytes == sum(size for name, size in held.items() if name.endswith(weights))
+    assert ("factors" in items[0].item, "dense" in items[0].item) == (rank is not None, rank != 30)
+    assert bytes_of(items, "weights") == sum(held.values())
 
 
 def test_planner_imports_no_torch():

@@ -26,14 +26,16 @@ BASE = Base(start=230 * MB, steady=230 * MB)
 LOADS = {
     "vit-s": workload(VIT_S, 130, 168),
     "vit-b": workload(VIT_B, 300, 224),
-    "vit-b in part dense": dataclasses.replace(
-        workload(VIT_B, 300, 224), ranks={**dict.fromkeys(VIT_B.linear_shapes(), 300), "blocks.3.fc1": None}
-    ),
+    "vit-b in part dense": workload(VIT_B, {**dict.fromkeys(VIT_B.linear_shapes(), 300), "blocks.3.fc1": None}, 224),
+    "vit-s stored dense": workload(VIT_S, None, 168),
     "vit-s vanilla": workload(VIT_S, None, 168, Method.VANILLA),
     "vit-s lora": dataclasses.replace(workload(VIT_S, None, 168, Method.LORA), lora_rank=16),
     "vit-s wsi": workload(VIT_S, 130, 168, Method.WSI),
     "vit-s asi": workload(VIT_S, None, 168, Method.ASI),
     "vit-s head": workload(VIT_S, 130, 168, Method.HEAD),
+    "vit-b head in part dense": workload(
+        VIT_B, {**dict.fromkeys(VIT_B.linear_shapes(), 300), "blocks.3.fc1": None}, 224, Method.HEAD
+    ),
 }
 ANY_LOAD = pytest.mark.parametrize("name", LOADS)
 

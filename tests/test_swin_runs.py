@@ -21,6 +21,7 @@ from wasi_edge.conversion.convert import Calibration, Settings, convert
 from wasi_edge.conversion.sources import open_source
 from wasi_edge.keep import Keep, Rebuild
 from wasi_edge.layers.saving import Pass
+from wasi_edge.method import Method
 from wasi_edge.models.geometry_swin import SwinGeometry
 from wasi_edge.models.network import build_network
 from wasi_edge.planner.choices import Choices
@@ -110,7 +111,7 @@ def test_planned_buffers_cover_those_of_the_engine_by_less_than_a_half(keep, ima
     model = build_network(SMALL, ranks, values.__getitem__, image_size, head=True)
     trainer = SubspaceTrainer(model, RECIPE, choices.keeps(), 8, seed=0)
     train(trainer, 4, 1, image_size)
-    load = Workload(SMALL, image_size, ranks, 3, "wasi", augment_photo_bytes=0)
+    load = Workload(SMALL, image_size, ranks, 3, Method.WASI, augment_photo_bytes=0)
     planned = bytes_of(training_items(load, choices), "kept for", "buffers of")
     assert trainer.held_bytes() <= planned <= 1.45 * trainer.held_bytes() + fresh_bytes(load, 4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ LABELS = ("cat", "dog", "grün")
 
 def write_tiny(
     folder: Path,
-    rank: int | None = 6,
+    rank: int | Mapping[str, int | None] | None = 6,
     dtype: str = "float32",
     labels: tuple[str, ...] | None = LABELS,
     epsilon: float | None = None,
@@ -24,7 +25,8 @@ def write_tiny(
     geometry: Geometry = TINY,
     preprocessing: Preprocessing | None = None,
 ) -> Path:
-    """Write the model; `rank` None stores dense linears, `labels` None leaves the classifier away."""
+    """Write the model; `rank` None, of all or of one by name, stores dense linears, `labels` None leaves the classifier
+    away."""
     classes = None if labels is None else len(labels)
     ranks, tensors = random_tensors(geometry, rank, classes, seed)
     if epsilon is None and rank is not None:

@@ -81,6 +81,11 @@ class ModelConfig:
         return self.geometry.architecture
 
     @property
+    def has_factors(self) -> bool:
+        """Whether any linear is in factors."""
+        return any(rank is not None for rank in self.linears.values())
+
+    @property
     def num_classes(self) -> int | None:
         """Classes of the head, None without one."""
         return None if self.id2label is None else len(self.id2label)

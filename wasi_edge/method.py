@@ -25,7 +25,7 @@ class Method(enum.StrEnum):
 
     @property
     def has_factors(self) -> bool:
-        """Its weights have to be in factors."""
+        """It trains factors; what a model of ours stores dense, because factors would be larger, it trains dense."""
         return self in (Method.WASI, Method.WSI)
 
     @property

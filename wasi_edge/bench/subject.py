@@ -49,7 +49,8 @@ class Subject:
         return self.folder is None
 
     def ranks(self, epsilon: float | None) -> dict[str, int | None]:
-        """Rank of each linear at `epsilon`; None: all dense. Raises UsageError where it has no such ranks."""
+        """Rank of each linear at `epsilon`, None where the model stores it dense at its own; `epsilon` None: all dense.
+        Raises UsageError where it has no such ranks."""
         if epsilon is None:
             return dict.fromkeys(self.geometry.linear_shapes())
         return _ranks(self, epsilon)
@@ -91,8 +92,7 @@ def _ranks(subject: Subject, epsilon: float) -> dict[str, int | None]:
             )
         if epsilon == subject.own_epsilon:
             stored = read_config(subject.folder).linears
-            if all(rank is not None for rank in stored.values()):
-                return {name: stored[name] for name in shapes}
+            return {name: stored[name] for name in shapes}
     with open_source(subject.folder) as source:
         return choose_ranks(source, Settings(epsilon, always_factor=True))
 

@@ -45,7 +45,7 @@ def describe(folder: Path) -> dict[str, Any]:
         config = artefact.config
     return {
         "folder": str(folder),
-        "kind": "dense" if all(rank is None for rank in config.linears.values()) else "factored",
+        "kind": "factored" if config.has_factors else "dense",
         "name": config.name,
         "architecture": config.architecture,
         "schema_version": config.schema_version,
@@ -55,7 +55,7 @@ def describe(folder: Path) -> dict[str, Any]:
         **parameter_counts(config),
         "file_bytes": (folder / TENSORS_NAME).stat().st_size,
         "ranks": dict(config.linears),
-        "training_memory": _training_memory(config.geometry, config.preprocessing, config.linears),
+        "training_memory": _training_memory(config.geometry, config.preprocessing, config),
         "labels": config.labels,
         "preprocessing": config.preprocessing.to_dict(),
         "provenance": dict(config.provenance),
@@ -93,7 +93,7 @@ def _describe_foreign(folder: Path) -> dict[str, Any]:
             "stored_parameters": parameters,
             "file_bytes": sum(path.stat().st_size for path in files),
             "ranks": dict.fromkeys(source.geometry.linear_shapes()),
-            "training_memory": _training_memory(source.geometry, source.preprocessing, {}),
+            "training_memory": _training_memory(source.geometry, source.preprocessing, None),
             "labels": labels,
             "preprocessing": source.preprocessing.to_dict(),
             "provenance": dict(source.provenance),
@@ -102,16 +102,17 @@ def _describe_foreign(folder: Path) -> dict[str, Any]:
 
 
 def _training_memory(
-    geometry: Geometry, preprocessing: Preprocessing, ranks: Mapping[str, int | None]
+    geometry: Geometry, preprocessing: Preprocessing, config: ModelConfig | None
 ) -> list[dict[str, Any]]:
-    """What training would take under common budgets; where a linear is dense, at the rank that epsilon 0.8 usually
-    gives."""
+    """What training would take under common budgets; of what is converted first (a checkpoint of another library, or a
+    dense model that no epsilon made), at the ranks that epsilon 0.8 usually gives."""
     from wasi_edge.bench.synthetic import synthetic_ranks
     from wasi_edge.planner.outlook import outlook
 
-    usual = synthetic_ranks(geometry)
-    chosen = {name: ranks.get(name) or rank or 1 for name, rank in usual.items()}
-    return outlook(geometry, preprocessing.image_size, chosen, preprocessing.resize_side)
+    ranks: Mapping[str, int | None] = synthetic_ranks(geometry)
+    if config is not None and (config.epsilon is not None or config.has_factors):
+        ranks = config.linears
+    return outlook(geometry, preprocessing.image_size, ranks, preprocessing.resize_side)
 
 
 def for_people(result: dict[str, Any]) -> dict[str, Any]:

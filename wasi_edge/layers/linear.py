@@ -1,8 +1,12 @@
 """Linear layers: dense, and those whose weight gradient comes as a small matrix.
 
-    WasiLinear   factors L (O, K), R (K, I):  y = (x R^T) L^T + b;  keeps z = x U (T, r)
-    WsiLinear    the same factors;                                  keeps all of x
-    AsiLinear    a dense W (O, I):            y = x W^T + b;        keeps z = x U (T, r)
+    WasiLinear       factors L (O, K), R (K, I):  y = (x R^T) L^T + b;  keeps z = x U (T, r)
+    WsiLinear        the same factors;                                  keeps all of x
+    AsiLinear        a dense W (O, I):            y = x W^T + b;        keeps z = x U (T, r)
+    DenseWsiLinear   a dense W (O, I);                                  keeps all of x
+
+A method decides what is kept of the inputs, the stored model whether a weight is in factors: where factors would cost
+more than the weight it is dense, and then `wasi` trains an `AsiLinear` among its others and `wsi` a `DenseWsiLinear`.
 
 Their weight gradient is P = dy^T x U (O, r), meaning dW ~ P U^T, with U (I, r) an orthonormal basis warm-started from
 step to step (arXiv 2510.09160; the factored form is ours): no gradient of shape (O, I) ever exists.
@@ -51,8 +55,7 @@ class DenseLinear:
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I)."""
-        out_features, in_features = self.params["weight"].shape
-        return out_features, in_features
+        return self.params["weight"].shape[0], self.params["weight"].shape[1]
 
     def forward(
         self,
@@ -231,6 +234,20 @@ class SubspaceLinear:
         raise NotImplementedError
 
 
+class _KeepsInput(SubspaceLinear):
+    """One whose input is kept whole (T, I): U is chosen by the gradient itself."""
+
+    def save(self, x: Tensor, tokens: int, run: Pass, save_as: str) -> Tensor:
+        """What the backward pass needs of x: all of it."""
+        return run.workspace.keep(save_as, x, x.dtype)
+
+    def backward(
+        self, saved: Tensor, dy: Tensor, tokens: int, run: Pass, out: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`backward_from_input`: what was kept is the input."""
+        return self.backward_from_input(saved, dy, run, out)
+
+
 class WasiLinear(SubspaceLinear):
     """y = (x R^T) L^T + b. `params`: left (O, K), right (K, I), bias (O,), perhaps scale (O,).
 
@@ -293,18 +310,8 @@ class WasiLinear(SubspaceLinear):
         return keep("linear.left", left, dtype), keep("linear.right", right, dtype)
 
 
-class WsiLinear(WasiLinear):
-    """The factors of `WasiLinear`, whose input is kept whole (T, I): U is chosen by the gradient itself."""
-
-    def save(self, x: Tensor, tokens: int, run: Pass, save_as: str) -> Tensor:
-        """What the backward pass needs of x: all of it."""
-        return run.workspace.keep(save_as, x, x.dtype)
-
-    def backward(
-        self, saved: Tensor, dy: Tensor, tokens: int, run: Pass, out: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`backward_from_input`: what was kept is the input."""
-        return self.backward_from_input(saved, dy, run, out)
+class WsiLinear(_KeepsInput, WasiLinear):
+    """The factors of `WasiLinear`, whose input is kept whole."""
 
 
 class AsiLinear(SubspaceLinear):
@@ -316,8 +323,7 @@ class AsiLinear(SubspaceLinear):
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I)."""
-        out_features, in_features = self.params["weight"].shape
-        return out_features, in_features
+        return self.params["weight"].shape[0], self.params["weight"].shape[1]
 
     def _weights(self, dtype: torch.dtype, run: Pass) -> tuple[Tensor, ...]:
         return (self.params["weight"],)
@@ -337,6 +343,10 @@ class AsiLinear(SubspaceLinear):
         return weights[0] @ basis
 
 
+class DenseWsiLinear(_KeepsInput, AsiLinear):
+    """The dense weight of `AsiLinear`, whose input is kept whole: no gradient of `wsi` is worse than another's."""
+
+
 Linear = DenseLinear | SubspaceLinear
 
 
@@ -349,8 +359,9 @@ class LinearKinds(NamedTuple):
     @classmethod
     def of(cls, method: Method) -> LinearKinds:
         """Those that `method` trains; of a network that is not trained so, the plain ones."""
-        dense = AsiLinear if method is Method.ASI else DenseLinear
-        return cls(dense, WsiLinear if method is Method.WSI else WasiLinear)
+        if method is Method.WSI:
+            return cls(DenseWsiLinear, WsiLinear)
+        return cls(AsiLinear, WasiLinear) if method.is_explicit else cls()
 
 
 PLAIN_KINDS = LinearKinds()

@@ -43,7 +43,7 @@ class Choices:
     rebuilt_branches    of those, blocks that rebuild GELU's input too
     recomputed_blocks   of those, blocks that keep their input alone
     carried_grams       hold the Gram matrices of the factors instead of rebuilding them at every step
-    weight_bits         32, or 16: factors in float16, rounded stochastically
+    weight_bits         32, or 16: factors in float16, rounded stochastically; dense weights stay in float32
     reused_heap         freed blocks stay in the process and are used again: autograd's tape then faults no pages, but
                         its many sizes leave gaps (the explicit engine's few small blocks do not: always on)
     trimmed             the explicit engine hands back all free memory after each update, and works in the pages of

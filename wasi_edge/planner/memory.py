@@ -30,6 +30,9 @@ FLOAT = 4
 # Rounding of every buffer to pages, Python objects, and what malloc loses between blocks.
 HEAP_SLACK_BYTES = 4 * 2**20
 HEAP_SLACK_SHARE = 0.03
+# (O + I, r) alive at once while momentum takes in a gradient and its polar factor is made: 3.3 to 4.1 measured, with
+# the small matrices beside them
+MOMENTUM_COPIES = 4
 # What autograd's tape may take more where the heap serves it. Measured: nothing at micro-batch 16 (2,224 MB, 2,236
 # counted without gaps); under glibc's own rules it was as much again.
 HEAP_GAP_SHARE = 0.25
@@ -73,12 +76,16 @@ def update_state_bytes(load: Workload, choices: Choices) -> int:
     return momentum + (gram_bytes(load, choices) if choices.carried_grams else 0)
 
 
-def update_scratch_bytes(linears: Iterable[tuple[int, int, int]]) -> int:
+def update_scratch_bytes(linears: Iterable[tuple[int, int, int]], gradient_rank: int) -> int:
     """What the update of the linear at work needs beside its state, of those (O, I, K) that there are, K 0 where dense:
-    float64 (K, K) matrices, widened factors, and as much again for the gaps that blocks of many sizes leave."""
+    of factors float64 (K, K) matrices and widened factors, of momentum a few more of its size and float64 (2 r, 2 r)
+    matrices, whichever is more; and as much again for the gaps that blocks of many sizes leave."""
     shapes = list(linears)
     matrices = UPDATE_MATRICES * max((rank for _, _, rank in shapes), default=0) ** 2 * 2 * FLOAT
-    return 2 * (matrices + max(((out + inner) * rank for out, inner, rank in shapes), default=0) * FLOAT)
+    factors = matrices + max(((out + inner) * rank for out, inner, rank in shapes), default=0) * FLOAT
+    momenta = ((out + inner, min(gradient_rank, inner)) for out, inner, _ in shapes)
+    momentum = max((MOMENTUM_COPIES * size * r + 3 * (2 * r) ** 2 * 2 for size, r in momenta), default=0) * FLOAT
+    return 2 * max(factors, momentum)
 
 
 def kept_bytes(load: Workload, choices: Choices) -> int:
@@ -105,8 +112,8 @@ def forward_bytes(load: Workload) -> int:
     # (branch, middle, out, norm's and attention's output), and what reordered or merged tokens are read from
     wide = 5 * load.most_numbers + (load.most_numbers if load.has_entries else 0)
     qkv, inner = 3 * load.most_numbers, max(shape.tokens * shape.mlp_width for shape in load.blocks)
-    # a dense weight has no hidden layer, but its output gradient times LayerScale
-    scaled = load.most_numbers if load.method is Method.ASI and geometry.layer_scale else 0
+    # a dense weight that learns has no hidden layer, but its output gradient times LayerScale
+    scaled = load.most_numbers if load.method.is_explicit and load.has_dense and geometry.layer_scale else 0
     return FLOAT * (max(load.most_hidden, scaled) + qkv + wide + inner + patches)
 
 
@@ -178,9 +185,8 @@ def training_items(load: Workload, choices: Choices) -> list[Item]:
     updating = _trained_sizes(load, choices).scratch
     if load.lends and choices.trimmed:  # it works in the memory of the two, as far as it goes
         updating = max(0, updating - kept - at_work)
-    kind = "dense" if load.method is Method.ASI else "factors"
     items = [
-        Item(f"weights ({kind}, {choices.weight_bits} bits)", linear_bytes),
+        Item(f"weights ({_how_held(load, choices)})", linear_bytes),
         Item("weights (norms, biases, embeddings, head)", other_bytes),
         Item(
             "gradients (P, U, dense parameters)",
@@ -299,21 +305,6 @@ def head_fit_bytes(load: Workload, num_photos: int) -> int:
     return kept + HEAD_ROWS * width * 3 * 8 + 3 * width * width * 8
 
 
-def loading_items(load: Workload, choices: Choices) -> list[Item]:
-    """Memory beyond the base while weights are read, where some have to be truncated first: all of the others, and one
-    dense weight (O, I) with the float64 copies and Gram matrices that its factorisation takes."""
-    first = load.depth - choices.trained_blocks
-    shapes = [(out, inner) for block, out, inner in load.truncated if block >= first]
-    if not shapes:
-        return []
-    largest = max(FLOAT * out * inner + 8 * (2 * out * inner + 6 * min(out, inner) ** 2) for out, inner in shapes)
-    items = [
-        Item("weights", sum(_held_weights(load, choices))),
-        Item("one dense weight while it is factored", largest),
-    ]
-    return _with_slack(items)
-
-
 def _held_weights(load: Workload, choices: Choices) -> tuple[int, int]:
     """Bytes of the linears and of all else that is in memory while blocks learn: without frozen blocks and stem where
     what those make of the photos waits on disk."""
@@ -324,13 +315,15 @@ def _held_weights(load: Workload, choices: Choices) -> tuple[int, int]:
 
 
 def _linear_bytes(load: Workload, choices: Choices, blocks: range) -> int:
-    """The weights of the linears in `blocks`. Frozen ones stay as they are stored: those that are dense in float32."""
-    first = load.depth - choices.trained_blocks
-    count = 0
-    for block in blocks:
-        dense, factored = (load.stored_counts if block < first else load.trained_counts)[block]
-        count += dense * FLOAT + factored * choices.weight_bits // 8
-    return count
+    """The weights of the linears in `blocks`: factors in the bits that were chosen, dense ones in float32 always."""
+    counts = [load.linear_counts[block] for block in blocks]
+    return sum(dense * FLOAT + factored * choices.weight_bits // 8 for dense, factored in counts)
+
+
+def _how_held(load: Workload, choices: Choices) -> str:
+    """The linears in words: factors in the bits that were chosen, dense weights in 32."""
+    factors, dense = f"factors, {choices.weight_bits} bits", "dense, 32 bits"
+    return "; ".join(text for text, there in ((factors, load.has_factors), (dense, load.has_dense)) if there)
 
 
 def _photos(load: Workload, micro_batch: int) -> Item:
@@ -360,7 +353,7 @@ def _trained_sizes(load: Workload, choices: Choices) -> _TrainedSizes:
             subspaces=sum((out + inner) * r * FLOAT for out, inner, r in ranks),
             bases=sum(inner * r * FLOAT for _, inner, r in ranks),
             grams=sum((2 * rank + 3) * rank * FLOAT for _, _, rank in linears),
-            scratch=update_scratch_bytes(linears),
+            scratch=update_scratch_bytes(linears, choices.gradient_rank),
         )
     return load.memo[key]
 

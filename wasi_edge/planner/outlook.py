@@ -25,10 +25,10 @@ _BATCH, _GRADIENT_RANK, _EPOCHS, _CLASSES, _TRAINED_SHARE = 16, 32, 12, 10, 0.5
 
 
 def outlook(
-    geometry: Geometry, image_size: int, ranks: Mapping[str, int], resize_side: int, base: Base = USUAL_BASE
+    geometry: Geometry, image_size: int, ranks: Mapping[str, int | None], resize_side: int, base: Base = USUAL_BASE
 ) -> list[dict[str, Any]]:
     """For each budget (bytes) the expected peak, how many blocks would learn, how many photos at a time, at what
-    gradient rank; or the smallest budget that would do."""
+    gradient rank; or the smallest budget that would do. `ranks` None where a linear is trained dense."""
     load = Workload(
         geometry=geometry,
         image_size=image_size,

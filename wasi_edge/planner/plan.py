@@ -22,7 +22,6 @@ from wasi_edge.planner.memory import (
     frozen_items,
     head_items,
     largest_linear_bytes,
-    loading_items,
     lora_items,
     total,
     training_items,
@@ -214,7 +213,7 @@ def plan_tiers(load: Workload, work: Work, base: Base, speed: Speed) -> Iterator
         work.blocks,
         work.blocks_named,
         views,
-        load.method.has_factors,
+        load.has_factors,
     ):
         yield partial(_explicit_plans, load, work, base, speed, ways)
 
@@ -228,7 +227,7 @@ def _explicit_plans(
         key = choices.micro_batch, choices.weight_bits, choices.carried_grams, choices.cached_views
         if key not in heads:
             heads[key] = head_items(load, choices, work.num_train + work.num_val)
-        phases = [training_items(load, choices), heads[key], *filter(None, [loading_items(load, choices)])]
+        phases = [training_items(load, choices), heads[key]]
         if choices.cached_views:
             phases.append(frozen_items(load, choices))
         plans.append(_plan(load, work, base, speed, choices, phases))
@@ -241,7 +240,7 @@ def _plans_of_one_tier(load: Workload, work: Work, base: Base, speed: Speed, siz
     plans = []
     for size in sizes:
         if load.method is Method.HEAD and size <= EVALUATION_BATCH:
-            for bits in (32, 16) if all(load.ranks.values()) else (32,):
+            for bits in (32, 16) if load.has_factors else (32,):
                 choices = Choices(
                     micro_batch=size, trained_blocks=0, gradient_rank=0, carried_grams=False, weight_bits=bits
                 )
@@ -257,7 +256,7 @@ def _plans_of_one_tier(load: Workload, work: Work, base: Base, speed: Speed, siz
 
 def _plan(load: Workload, work: Work, base: Base, speed: Speed, choices: Choices, phases: list[list[Item]]) -> Plan:
     items = max(phases, key=total)
-    if load.method is not Method.HEAD and load.ranks and any(rank is None for rank in load.ranks.values()):
+    if load.method.has_dense_weights:
         # multiplying factors out holds one dense weight twice
         items = [*items, Item("one dense weight while loading", largest_linear_bytes(load))]
     items = [Item(STEADY_ITEM, base.steady), *items]

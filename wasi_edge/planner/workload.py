@@ -20,7 +20,6 @@ class Workload:
 
     ranks            rank of each linear, None where dense
     lora_rank        of the updates of `lora`, 0 for other methods
-    stored_ranks     of each linear as it is on disk, which is how frozen blocks stay; None: as `ranks`
     lends            whether buffers can lend their pages to the update (`memory/pages.py`)
     optimizer        by which the explicit engine moves the weights
     """
@@ -32,7 +31,6 @@ class Workload:
     method: Method
     augment_photo_bytes: int
     lora_rank: int = 0
-    stored_ranks: Mapping[str, int | None] | None = None
     lends: bool = True
     optimizer: Optimizer = Optimizer.POLAR
 
@@ -62,10 +60,20 @@ class Workload:
         return max(shape.tokens * shape.width for shape in self.blocks)
 
     @cached_property
+    def has_factors(self) -> bool:
+        """Whether any linear is in factors."""
+        return any(rank is not None for rank in self.ranks.values())
+
+    @cached_property
+    def has_dense(self) -> bool:
+        """Whether any linear is dense."""
+        return any(rank is None for rank in self.ranks.values())
+
+    @cached_property
     def most_hidden(self) -> int:
-        """N K, of the linear and as held, for which that is largest; of one photo."""
+        """N K, of the linear in factors and as held, for which that is largest; of one photo."""
         pairs = zip(self.blocks, self.linears, strict=True)
-        return max(shape.tokens * padded_rank(rank) for shape, linears in pairs for _, _, rank in linears)
+        return max(shape.tokens * _held_rank(rank) for shape, linears in pairs for _, _, rank in linears)
 
     @cached_property
     def linears(self) -> list[list[tuple[int, int, int]]]:
@@ -78,46 +86,23 @@ class Workload:
         ]
 
     @cached_property
-    def trained_counts(self) -> list[tuple[int, int]]:
+    def linear_counts(self) -> list[tuple[int, int]]:
         """Of each block, parameters of its dense linears and of its factors, as they are held in memory."""
-        return self._linear_counts(self.ranks)
-
-    @cached_property
-    def stored_counts(self) -> list[tuple[int, int]]:
-        """The same, of the ranks on disk."""
-        return self._linear_counts(self.stored_ranks or self.ranks)
-
-    def _linear_counts(self, ranks: Mapping[str, int | None]) -> list[tuple[int, int]]:
-        counts = [[0, 0] for _ in range(self.geometry.depth)]
-        for name, (out, inner) in self.geometry.linear_shapes().items():
-            rank, block = ranks[name], counts[int(name.split(".")[1])]
-            if rank is None:
-                block[0] += out * inner
-            else:
-                block[1] += (out + inner) * padded_rank(rank)
-        return [(dense, factored) for dense, factored in counts]
-
-    @cached_property
-    def truncated(self) -> list[tuple[int, int, int]]:
-        """Block and (O, I) of the linears that are dense on disk and are put into factors where they learn."""
-        stored, shapes = self.stored_ranks or {}, self.geometry.linear_shapes()
-        dense = [name for name, rank in stored.items() if rank is None and self.ranks[name] is not None]
-        return [(int(name.split(".")[1]), *shapes[name]) for name in dense]
-
-    @cached_property
-    def largest_rank(self) -> int:
-        """The largest K, as it is held."""
-        return max(padded_rank(rank) for block in self.linears for _, _, rank in block)
+        counts = []
+        for linears in self.linears:
+            dense = sum(out * inner for out, inner, rank in linears if not rank)
+            counts.append((dense, sum((out + inner) * _held_rank(rank) for out, inner, rank in linears)))
+        return counts
 
     @cached_property
     def largest_left(self) -> int:
-        """O K of the largest left factor."""
-        return max(out * padded_rank(rank) for block in self.linears for out, _, rank in block)
+        """O K of the largest left factor, 0 where all linears are dense."""
+        return max(out * _held_rank(rank) for block in self.linears for out, _, rank in block)
 
     @cached_property
     def largest_right(self) -> int:
-        """K I of the largest right factor."""
-        return max(inner * padded_rank(rank) for block in self.linears for _, inner, rank in block)
+        """K I of the largest right factor, 0 where all linears are dense."""
+        return max(inner * _held_rank(rank) for block in self.linears for _, inner, rank in block)
 
     @cached_property
     def memo(self) -> dict[tuple[int, int], Any]:
@@ -154,3 +139,8 @@ class Counts:
     others: tuple[int, ...]
     stem: int
     top: int
+
+
+def _held_rank(rank: int) -> int:
+    """Columns of a left factor as it is held, 0 where there is none."""
+    return padded_rank(rank) if rank else 0

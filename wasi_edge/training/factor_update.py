@@ -6,7 +6,8 @@ The gradient of W arrives as P U^T, P (O, r), U (I, r) orthonormal. The rule:
     D  = M (M^T M)^(-1/2)                                  its polar factor: every direction counts the same
     W <- truncate_K( W - eta D V^T ),                      eta = learning_rate * ||W||_F
 
-The last line is the WSI step of `subspace/weight.py` where W = L R is in factors; a dense W (`asi`) is not truncated.
+The last line is the WSI step of `subspace/weight.py` where W = L R is in factors; a dense W (all of `asi`'s, and what a
+model stores dense) is not truncated.
 The paper uses plain SGD in its place, W <- truncate_K( W - eta P U^T ) with an absolute eta: it ends ahead in runs of
 many steps and holds no momentum, but raw gradient norms differ a hundredfold between layers and photos, and at first it
 undoes what the network knew (`docs/results.md`). Both are here (`method.Optimizer`). The polar factor is steepest
@@ -136,8 +137,12 @@ class FactorUpdate:
     @property
     def scratch_bytes(self) -> int:
         """About what an update takes beside its state, gaps between blocks of many sizes included."""
-        factored = (linear for linear in self._linears.values() if isinstance(linear, WasiLinear))
-        return update_scratch_bytes((*linear.shape, linear.params["left"].shape[1]) for linear in factored)
+        shapes = [
+            (*linear.shape, linear.params["left"].shape[1] if isinstance(linear, WasiLinear) else 0)
+            for linear in self._linears.values()
+        ]
+        bases = [linear.basis for linear in self._linears.values() if linear.basis is not None]
+        return update_scratch_bytes(shapes, max((basis.shape[1] for basis in bases), default=0))
 
     def state(self) -> dict[str, Tensor]:
         """Momentum, basis and what is carried with factors as `<kind>.<linear>`."""

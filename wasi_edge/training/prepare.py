@@ -31,7 +31,6 @@ from wasi_edge.planner.plan import Base, Plan, Speed, Work, choose_plan
 from wasi_edge.planner.workload import Workload
 from wasi_edge.preprocess import open_photo, shrink
 from wasi_edge.preprocessing import Preprocessing
-from wasi_edge.subspace.ranks import break_even_rank
 from wasi_edge.training import defaults
 from wasi_edge.training.probe import run_probe
 from wasi_edge.training.request import Events, FinetuneRequest
@@ -44,6 +43,10 @@ _TIMED_PHOTOS = 3
 # what checkpoints and the result may need
 _SPARE_DISK_BYTES = 2**30
 _TIMED_DECODE_BYTES = 64 * 2**20
+# at which a dense checkpoint is converted where nobody says another
+DEFAULT_EPSILON = 0.8
+# so many of the linears that stay dense are named
+_NAMED_LINEARS = 4
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that is ready to start."""
+    """A run that is ready to start. `ranks`: of each linear, None where dense."""
 
     request: FinetuneRequest
     model: ModelChoice
@@ -74,17 +77,8 @@ class Prepared:
     base: Base
     plan: Plan
     work: Work
-    all_ranks: dict[str, int | None]
+    ranks: dict[str, int | None]
     threads: int
-
-    @property
-    def ranks(self) -> dict[str, int | None]:
-        """Rank of each linear as this run has it, None where dense: what is frozen stays as it is stored."""
-        config, geometry = self.model.config, self.model.geometry
-        if config is None or self.model.convert_epsilon is not None or not self.request.method.has_factors:
-            return self.all_ranks
-        frozen = tuple(f"blocks.{block}." for block in range(geometry.depth - self.plan.trained_blocks))
-        return {n: config.linears[n] if n.startswith(frozen) else rank for n, rank in self.all_ranks.items()}
 
 
 def prepare(request: FinetuneRequest, events: Events, stop_wanted: Callable[[], bool] = lambda: False) -> Prepared:
@@ -120,7 +114,6 @@ def prepare(request: FinetuneRequest, events: Events, stop_wanted: Callable[[], 
         method=request.method,
         augment_photo_bytes=3 * 2 * model.preprocessing.resize_side**2,
         lora_rank=defaults.LORA_RANK if request.method is Method.LORA else 0,
-        stored_ranks=_stored_ranks(request, model),
         lends=can_drop_pages(),
         optimizer=work.optimizer,
     )
@@ -168,11 +161,11 @@ def choose_model(request: FinetuneRequest) -> ModelChoice:
             f"--epsilon {request.epsilon:g} is above the {own:g} that {folder} was truncated at, and what was cut away "
             f"is gone: leave --epsilon out, or start from the dense checkpoint"
         )
-    # an artefact of fixed ranks has factors and no epsilon
-    has_factors = config is not None and any(rank is not None for rank in config.linears.values())
+    # an artefact of fixed ranks has factors and no epsilon; one of a high epsilon may have no factors
+    has_factors = config is not None and config.has_factors
     if request.method.has_factors and (epsilon is not None or not has_factors):
         if own is None:
-            epsilon = convert = 0.8 if epsilon is None else epsilon
+            epsilon = convert = DEFAULT_EPSILON if epsilon is None else epsilon
         elif epsilon is not None and epsilon < own:
             convert = epsilon
     return ModelChoice(
@@ -194,24 +187,14 @@ def class_labels(model: ModelChoice, found: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _known_ranks(request: FinetuneRequest, model: ModelChoice) -> dict[str, int | None] | None:
-    """Rank of each linear as it will be trained; None where it depends on singular values nobody has seen yet."""
+    """Rank of each linear of the run; None where it depends on singular values nobody has seen yet."""
     shapes = model.geometry.linear_shapes()
     if request.method.has_dense_weights or (request.method is Method.HEAD and model.config is None):
         return dict.fromkeys(shapes)
     if model.convert_epsilon is not None:
         return None
     assert model.config is not None
-    ranks = {name: model.config.linears[name] for name in shapes}
-    if request.method.has_factors:
-        return {name: break_even_rank(*shapes[name]) if rank is None else rank for name, rank in ranks.items()}
-    return ranks
-
-
-def _stored_ranks(request: FinetuneRequest, model: ModelChoice) -> dict[str, int | None] | None:
-    """Rank of each linear on disk, where training takes them from there; None where all are as trained."""
-    if model.config is None or model.convert_epsilon is not None or not request.method.has_factors:
-        return None
-    return {name: model.config.linears[name] for name in model.geometry.linear_shapes()}
+    return {name: model.config.linears[name] for name in shapes}
 
 
 def _work(request: FinetuneRequest, folder: PhotoFolder, geometry: Geometry) -> Work:
@@ -292,17 +275,14 @@ def _notes(
 ) -> list[str]:
     """Sentences about what this run does that is not obvious from the command."""
     notes = []
-    factored = model.config is not None and any(rank is not None for rank in model.config.linears.values())
-    if request.method.has_dense_weights and factored:
+    if request.method.has_dense_weights and model.config is not None and model.config.has_factors:
         notes.append(f"--method {request.method} multiplies the factors of {model.name} out to dense weights")
     if request.method.has_factors and model.convert_epsilon is not None:
         notes.append(
             f"{model.name} is converted first, at epsilon {model.convert_epsilon:g}, calibrated on your photos"
         )
     elif request.method.has_factors and model.config is not None:
-        dense = [name for name, rank in model.config.linears.items() if rank is None]
-        if dense:
-            notes.append(f"{len(dense)} dense linears are truncated to just below break-even: {', '.join(dense[:4])}")
+        notes += _notes_on_dense(model.config)
     if work.optimizer is Optimizer.SGD and request.optimizer is None:
         notes.append(f"{work.steps:,} steps: SGD, which ends ahead in runs as long as this (else --optimizer polar)")
     if model.is_run:
@@ -316,6 +296,20 @@ def _notes(
     return notes
 
 
+def _notes_on_dense(config: ModelConfig) -> list[str]:
+    """That linears stay dense, and how they would come to have factors."""
+    dense = [name for name, rank in config.linears.items() if rank is None]
+    if not dense:
+        return []
+    named = ", ".join(dense[:_NAMED_LINEARS]) + (", ..." if len(dense) > _NAMED_LINEARS else "")
+    lower = config.epsilon is None or config.epsilon > DEFAULT_EPSILON
+    remedy = f"--epsilon {DEFAULT_EPSILON:g}" if lower else f"an --epsilon below {config.epsilon:g}"
+    return [
+        f"{len(dense)} of {len(config.linears)} linears are stored dense and are trained dense: {named}; "
+        f"{remedy} would put all linears in factors, fitted to your photos"
+    ]
+
+
 def with_plan(prepared: Prepared, plan: Plan) -> Prepared:
     """The same run under another plan (that of the checkpoint it resumes from)."""
     return dataclasses.replace(prepared, plan=plan)
@@ -323,4 +317,4 @@ def with_plan(prepared: Prepared, plan: Plan) -> Prepared:
 
 def with_ranks(prepared: Prepared, ranks: Mapping[str, int | None]) -> Prepared:
     """The same run with the ranks that its conversion chose: as many parameters as planned, elsewhere."""
-    return dataclasses.replace(prepared, all_ranks={name: ranks[name] for name in prepared.all_ranks})
+    return dataclasses.replace(prepared, ranks={name: ranks[name] for name in prepared.ranks})

@@ -15,7 +15,6 @@ from wasi_edge.artefact import ModelConfig, open_artefact, write_artefact
 from wasi_edge.conversion.budget import calibration_photos
 from wasi_edge.conversion.calibration import spread
 from wasi_edge.conversion.convert import Calibration, Settings, convert
-from wasi_edge.conversion.factorise import factorise
 from wasi_edge.conversion.sources import open_source
 from wasi_edge.method import Optimizer
 from wasi_edge.models.network import VisionTransformer, build_network, resampled
@@ -143,8 +142,7 @@ def _held_type(prepared: Prepared) -> type:
 
 @contextmanager
 def _reader(prepared: Prepared, folder: Path, held: type) -> Iterator[Callable[[str], Tensor]]:
-    """Tensors of the starting point by name: float32, factors as `held`, in factors where `prepared.ranks` says so, the
-    head at zero."""
+    """Tensors of the starting point by name: float32, factors as `held`, the head at zero."""
     geometry, num_classes = prepared.model.geometry, len(prepared.labels)
     head = {
         "head.weight": torch.zeros(num_classes, geometry.feature_width),
@@ -156,21 +154,11 @@ def _reader(prepared: Prepared, folder: Path, held: type) -> Iterator[Callable[[
             yield lambda name: head[name] if name in head else torch.from_numpy(source.read(name))
         return
     with open_artefact(folder) as artefact:
-        stored = artefact.config.linears
-        truncated: dict[str, Tensor] = {}
 
         def read(name: str) -> Tensor:
             if name in head:
                 return head[name]
-            linear, _, key = name.rpartition(".")
-            rank = prepared.ranks.get(linear)
-            if key not in ("left", "right") or rank is None:
-                return torch.from_numpy(artefact.tensors.read(name, np.float32))
-            if stored[linear] is None:
-                if name not in truncated:
-                    dense = torch.from_numpy(artefact.tensors.read(f"{linear}.weight", np.float32))
-                    truncated[f"{linear}.left"], truncated[f"{linear}.right"] = factorise(dense, rank)
-                return torch.from_numpy(truncated.pop(name).numpy().astype(held))
-            return torch.from_numpy(artefact.tensors.read(name, held))
+            is_factor = name.endswith((".left", ".right"))
+            return torch.from_numpy(artefact.tensors.read(name, held if is_factor else np.float32))
 
         yield read

@@ -31,12 +31,12 @@ from wasi_edge.training.loss import Loss, cross_entropy
 class Recipe:
     """What a step does, chosen once per run.
 
-    learning_rate       of the factors (wasi) or of all weights (vanilla), before the schedule
+    learning_rate       of the linears in blocks (wasi) or of all weights (vanilla), before the schedule
     head_rate           of the classifier (wasi)
     dense_rate          of norms, biases, embeddings and LayerScale (wasi)
     stem_rate           what comes before the first block learns at this share of its rate, what comes after the last at
                         all of it, blocks between them at shares in a geometric row
-    optimizer           by which the factors move (wasi, wsi, asi)
+    optimizer           by which those linears move (wasi, wsi, asi)
     """
 
     learning_rate: float
@@ -170,7 +170,7 @@ class SubspaceTrainer(FrozenTrainer):
         for name, linear in model.linears(len(keeps)).items():
             if not isinstance(linear, SubspaceLinear):
                 raise WasiEdgeError(
-                    f"{name} keeps a dense gradient: it has to be factored before it can be trained with wasi"
+                    f"{name} keeps a dense gradient: build the network of the linears of its method (`LinearKinds.of`)"
                 )
             linear.start_training(gradient_rank, model.tokens_of(name), generator)
             self._linears[name] = linear
