@@ -299,10 +299,11 @@ def head_items(load: Workload, choices: Choices, num_photos: int) -> list[Item]:
 
 
 def head_fit_bytes(load: Workload, num_photos: int) -> int:
-    """Features of all photos and the float64 matrices of the ridge fit, which takes a few photos at a time."""
+    """Features of all photos and the float64 matrices of the ridge fit, which takes a few photos at a time: three, and
+    what blocks of the fit before (there are two, of all photos and of half of them) leave between others."""
     width = load.geometry.feature_width
     kept = num_photos * (width * FLOAT + load.num_classes * 12 * 8)
-    return kept + HEAD_ROWS * width * 3 * 8 + 3 * width * width * 8
+    return kept + HEAD_ROWS * width * 3 * 8 + 4 * width * width * 8
 
 
 def _held_weights(load: Workload, choices: Choices) -> tuple[int, int]:

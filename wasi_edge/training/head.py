@@ -50,9 +50,9 @@ class FeatureStatistics:
     counts: Tensor
 
     @staticmethod
-    def of(features: Tensor, labels: Tensor, num_classes: int) -> FeatureStatistics:
-        """Statistics of features (n, F) with labels (n,); classes weigh the same, their mean weight is 1."""
-        weight = balance(labels, num_classes)
+    def of(features: Tensor, labels: Tensor, num_classes: int, weight: Tensor | None = None) -> FeatureStatistics:
+        """Statistics of features (n, F) with labels (n,), photos weighted by `weight` (n,), or by `balance`."""
+        weight = balance(labels, num_classes) if weight is None else weight
         width = features.shape[1]
         second = torch.zeros(width, width, dtype=torch.float64)
         sums = torch.zeros(num_classes, width, dtype=torch.float64)
@@ -67,15 +67,18 @@ class FeatureStatistics:
         return FeatureStatistics(second, sums, counts)
 
 
-def balance(labels: Tensor, num_classes: int) -> Tensor:
-    """Weights (n,) float64 that make every class that occurs count the same; their mean is 1."""
-    counts = torch.bincount(labels, minlength=num_classes).double()
+def balance(labels: Tensor, num_classes: int, chosen: Tensor | None = None) -> Tensor:
+    """Weights (n,) float64 that make every class that occurs count the same; their mean is 1. Of `chosen` photos (n,)
+    bool alone if they are given: the others weigh nothing."""
+    counted = labels if chosen is None else labels[chosen]
+    counts = torch.bincount(counted, minlength=num_classes).double()
     present = int((counts > 0).sum())
-    return (len(labels) / (present * counts.clamp_min(1)))[labels]
+    weight = (len(counted) / (present * counts.clamp_min(1)))[labels]
+    return weight if chosen is None else weight * chosen
 
 
 class Fit(NamedTuple):
-    """A head, and its accuracy on each photo when it is fitted to the others."""
+    """A head, and its accuracy on each photo when it is fitted to others."""
 
     head: Head
     left_out_accuracy: float
@@ -87,19 +90,27 @@ def fit_head(features: Tensor, labels: Tensor, num_classes: int, earlier: Featur
 
 
 def accuracy_of_half(features: Tensor, labels: Tensor, num_classes: int) -> tuple[int, float]:
-    """Every second photo of each class: how many they are, and how well a head of theirs knows those left out."""
-    chosen = torch.cat([(labels == label).nonzero().flatten()[::2] for label in range(num_classes)]).sort().values
-    return len(chosen), fit(features[chosen], labels[chosen], num_classes).left_out_accuracy
+    """Every second photo of each class: how many they are, and how well a head of theirs knows photos it never saw."""
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(num_classes):
+        chosen[(labels == label).nonzero().flatten()[::2]] = True
+    return int(chosen.sum()), fit(features, labels, num_classes, chosen=chosen).left_out_accuracy
 
 
-def fit(features: Tensor, labels: Tensor, num_classes: int, earlier: FeatureStatistics | None = None) -> Fit:
-    """Head (C, F) for features (n, F) with labels (n,).
+def fit(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    earlier: FeatureStatistics | None = None,
+    chosen: Tensor | None = None,
+) -> Fit:
+    """Head (C, F) for features (n, F) with labels (n,), or for `chosen` of them (n,) bool alone.
 
     `earlier` are the statistics of photos that are no longer there (of an earlier run, over the same C classes);
     of their classes those without photos now are fitted from the statistics alone.
     """
-    weight = balance(labels, num_classes)
-    now = FeatureStatistics.of(features, labels, num_classes)  # ours: its second moments are overwritten below
+    weight = balance(labels, num_classes, chosen)
+    now = FeatureStatistics.of(features, labels, num_classes, weight)  # ours: its second moments are overwritten below
     if earlier is not None:
         now = merge_statistics(now, earlier)
         del earlier  # as large as what follows
@@ -131,11 +142,11 @@ def fit(features: Tensor, labels: Tensor, num_classes: int, earlier: FeatureStat
             best = error, solution, left_out
         del factor
     assert best is not None
-    _, solution, chosen = best
-    sharpness = _best_sharpness(chosen + prior, labels, weight)
+    _, solution, answers = best
+    sharpness = _best_sharpness(answers + prior, labels, weight)
     full = sharpness * solution * scale
     bias = sharpness * prior - full @ mean
-    accuracy = float(((chosen + prior).argmax(1) == labels).float().mean())
+    accuracy = float(((answers + prior).argmax(1) == labels).float().mean())
     return Fit(Head(full.float(), bias.float()), accuracy)
 
 
