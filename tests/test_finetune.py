@@ -136,7 +136,7 @@ def test_the_result_predicts_what_its_report_says(finished, base):
     assert hits >= 16
 
 
-def test_quality_decides_how_long_and_how_much_learns(base, tmp_path):
+def test_quality_decides_how_long(base, tmp_path):
     plans = {
         quality: report_of(run(*finetune(base, tmp_path / "out", "--quality", quality, "--dry-run")))
         for quality in ("fast", "default", "best")

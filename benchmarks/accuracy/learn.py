@@ -24,7 +24,7 @@ from wasi_edge.bench.contestant import free_choices
 from wasi_edge.bench.subject import Read, Subject
 from wasi_edge.data.augment import SCALE_RANGE, augment
 from wasi_edge.layers.saving import Pass
-from wasi_edge.method import Method, Optimizer, Quality
+from wasi_edge.method import Method, Optimizer
 from wasi_edge.models.network import build_network
 from wasi_edge.planner.choices import usual_blocks
 from wasi_edge.preprocess import normalise
@@ -72,7 +72,7 @@ class Variant:
         """How many of so many blocks learn, counted from the end."""
         if self.trained_share is not None:
             return math.ceil(self.trained_share * depth)
-        return usual_blocks(Method(self.method), depth, defaults.trained_share(Quality.DEFAULT))
+        return usual_blocks(Method(self.method), depth, defaults.TRAINED_SHARE)
 
     @property
     def recipe(self) -> Recipe:

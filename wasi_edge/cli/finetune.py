@@ -58,7 +58,7 @@ def finetune(
     train_blocks: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Train the last N blocks alone.", show_default="by quality, or as many as fit the budget"
+            min=1, help="Train the last N blocks alone.", show_default="half of them, or as many as fit the budget"
         ),
     ] = None,
     rank: Annotated[

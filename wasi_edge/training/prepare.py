@@ -212,7 +212,7 @@ def _work(request: FinetuneRequest, folder: PhotoFolder, geometry: Geometry) -> 
     for flag, value in explicit.items():
         if value is not None and not request.method.is_explicit:
             raise UsageError(f"{flag} is for --method wasi, wsi and asi; {request.method} has no say in it")
-    blocks = usual_blocks(request.method, geometry.depth, defaults.trained_share(request.quality))
+    blocks = usual_blocks(request.method, geometry.depth, defaults.TRAINED_SHARE)
     if request.train_blocks is not None:
         if request.train_blocks > geometry.depth:
             raise UsageError(f"--train-blocks {request.train_blocks}: the model has {geometry.depth} blocks")

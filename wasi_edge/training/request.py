@@ -21,7 +21,7 @@ class FinetuneRequest:
     model           'default', a model folder, a Hugging Face folder, or an earlier run
     budget_bytes    resident and swapped memory of all processes of the command
     out             folder of the result; the command line has already chosen one
-    quality         how thoroughly: decides `epochs` and `train_blocks` where they are not given
+    quality         how thoroughly: decides `epochs` where they are not given
     max_seconds     stop in time to be done by then
     train_blocks    blocks that learn, counted from the end
     gradient_rank   directions of each linear's inputs that its gradient keeps
