@@ -77,7 +77,7 @@ def _job(task: Task, row: str, split: int) -> Job:
     if row in RIVALS:
         dense = find_subject(DENSE_MODEL, task.size)
         work = partial(rival, RIVALS[row], task, dense.preprocessing, split)
-        return Job(task.name, row, split, work, {"network": RIVALS[row], "task": str(task)})
+        return Job(task.name, row, split, work, {"network": RIVALS[row], "task": str(task), "head": "ridge"})
     model, variant = REFERENCES.get(row) or ("default", CANDIDATES[row])
     subject = find_subject(model, task.size)
 

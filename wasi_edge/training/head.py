@@ -103,8 +103,10 @@ def fit(
     num_classes: int,
     earlier: FeatureStatistics | None = None,
     chosen: Tensor | None = None,
+    standardised: bool = True,
 ) -> Fit:
-    """Head (C, F) for features (n, F) with labels (n,), or for `chosen` of them (n,) bool alone.
+    """Head (C, F) for features (n, F) with labels (n,), or for `chosen` of them (n,) bool alone; `standardised`, or as
+    they are.
 
     `earlier` are the statistics of photos that are no longer there (of an earlier run, over the same C classes);
     of their classes those without photos now are fitted from the statistics alone.
@@ -122,7 +124,7 @@ def fit(
     # cross[c] = sum_i w_i (x_i - mean) (y_ic - prior_c)
     cross = now.sums - now.counts[:, None] * mean
     scatter = now.second.addr_(mean, mean, alpha=-float(total))
-    scale = _standardise(scatter, floor)
+    scale = _standardise(scatter, floor) if standardised else torch.ones_like(mean)
     cross = cross * scale
     targets = torch.nn.functional.one_hot(labels, num_classes).double() - prior
 
@@ -159,13 +161,14 @@ def _standardise(scatter: Tensor, floor: float) -> Tensor:
 
 
 def _regularised_cholesky(scatter: Tensor, penalty: float) -> Tensor:
-    """The lower Cholesky factor of scatter (F, F) of standardised features + penalty * (mean eigenvalue) * I.
+    """The lower Cholesky factor of scatter (F, F) + penalty * (mean eigenvalue) * I.
 
     One matrix of that size is made, and one by the library; an eigendecomposition, once for all penalties, would hold
     five in all.
     """
     factor = scatter.clone()
-    factor.diagonal().add_(penalty * float(scatter.diagonal().mean().clamp_min(0)) + _ROUNDING)
+    variance = float(scatter.diagonal().mean().clamp_min(0))
+    factor.diagonal().add_(penalty * variance + _ROUNDING * max(variance, 1.0))
     return torch.linalg.cholesky(factor, out=factor)
 
 
