@@ -142,7 +142,7 @@ def test_quality_decides_how_long(base, tmp_path):
         for quality in ("fast", "default", "best")
     }
     assert [plans[quality]["quality"] for quality in plans] == list(plans)
-    assert [plans[quality]["epochs_planned"] for quality in plans] == [6, 20, 40]
+    assert [plans[quality]["epochs_planned"] for quality in plans] == [6, 12, 24]
     assert plans["best"]["planned_seconds"] > plans["fast"]["planned_seconds"]
     named = report_of(run(*finetune(base, tmp_path / "out", "--quality", "best", "--epochs", 2, "--dry-run")))
     assert named["epochs_planned"] == 2 and named["trained_blocks"] == plans["best"]["trained_blocks"]

@@ -32,7 +32,7 @@ REFERENCES: dict[str, tuple[str, Variant]] = {
     "head": ("default", HEAD),
 }
 RIVALS = {f"{name}, frozen": name for name in SIZES}
-# --quality fast, default and best, of some 400 photos
+# lengths: of up to 200 photos --quality fast, default and best take just these, of more default takes fewer epochs
 _HALF = Variant(trained_share=0.5, learning_rate=1.2e-4)
 CANDIDATES: dict[str, Variant] = {
     "half, 6 epochs": _HALF,

@@ -29,8 +29,8 @@ _SGD_RATE, _SGD_DENSE_RATE, _SGD_HEAD_RATE = 0.3, 2e-4, 8e-4
 
 # Optimiser steps that a run of each quality is as near to as whole epochs allow, and the epochs it stays between: few
 # photos are seen more often, many of them less often.
-_STEPS = {Quality.FAST: 150, Quality.DEFAULT: 300, Quality.BEST: 600}
-_EPOCHS = {Quality.FAST: (6, 6), Quality.DEFAULT: (8, 20), Quality.BEST: (16, 40)}
+_STEPS = {Quality.FAST: 150, Quality.DEFAULT: 200, Quality.BEST: 600}
+_EPOCHS = {Quality.FAST: (6, 6), Quality.DEFAULT: (6, 12), Quality.BEST: (12, 24)}
 # Of the blocks, those that learn, counted from the end: the others would at a small share of the rate, and without them
 # as much is learned in two thirds of the time (`notes/LOG.md`).
 TRAINED_SHARE = 1 / 2
