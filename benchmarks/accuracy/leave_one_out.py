@@ -97,13 +97,12 @@ def tests(store: Store, task: Task, row: str) -> dict[int, float]:
 
 
 def chosen(scores: Mapping[str, Mapping[str, float]], tasks: Sequence[Task], without: str) -> str | None:
-    """The candidate with the highest mean accuracy over tasks of data other than `without`; None where no two have any
-    task in common. `scores`: by candidate and task."""
+    """The candidate with the highest mean accuracy over tasks of data other than `without`, of those that ran all such
+    tasks that any ran; None where none did. `scores`: by candidate and task."""
     others = [task.name for task in tasks if task.data != without]
-    common = [name for name in others if all(name in held for held in scores.values())]
-    if not common:
-        return None
-    return max(scores, key=lambda label: fmean(scores[label][name] for name in common))
+    others = [name for name in others if any(name in held for held in scores.values())]
+    complete = [label for label, held in scores.items() if others and all(name in held for name in others)]
+    return max(complete, key=lambda label: fmean(scores[label][name] for name in others), default=None)
 
 
 def table(store: Store, tasks: Sequence[Task]) -> list[dict[str, Any]]:
