@@ -214,7 +214,7 @@ def test_every_flag_reaches_the_request(finetuned, monkeypatch, capsys):
     niceness = []
     monkeypatch.setattr(os, "nice", niceness.append)
     flags = (
-        "--model m --budget 384MB --out o --epochs 3 --max-time 20m --epsilon 0.7 --method vanilla "
+        "--model m --budget 384MB --out o --quality best --epochs 3 --max-time 20m --epsilon 0.7 --method vanilla "
         "--val-split 0.3 --seed 5 --image-size 168 --batch 8 --lr 1e-4 --train-blocks 7 --rank 64 --max-temp 75 "
         "--optimizer sgd --nice 10 --threads 2 --checkpoint-every 2m --resume"
     )
@@ -223,7 +223,8 @@ def test_every_flag_reaches_the_request(finetuned, monkeypatch, capsys):
     given = {key: value for key, value in vars(request).items()}
     assert {key: str(given.pop(key)) for key in ("photos", "out")} == {"photos": "p", "out": "o"}
     assert given == {
-        "model": "m", "budget_bytes": 384 * 2**20, "epochs": 3, "max_seconds": 1200.0, "epsilon": 0.7,
+        "model": "m", "budget_bytes": 384 * 2**20, "quality": "best", "epochs": 3, "max_seconds": 1200.0,
+        "epsilon": 0.7,
         "method": Method.VANILLA, "val_split": 0.3, "seed": 5, "image_size": 168, "batch": 8,
         "learning_rate": 1e-4, "train_blocks": 7, "gradient_rank": 64, "optimizer": Optimizer.SGD,
         "max_temperature": 75.0, "nice": 10,

@@ -16,6 +16,7 @@ from wasi_edge.models.vanilla import build_vanilla
 from wasi_edge.training.adam import Adam
 from wasi_edge.training.checkpoint import latest_checkpoint, save_checkpoint
 from wasi_edge.training.factor_update import FactorUpdate, polar_factor
+from wasi_edge.training.first_head import fit_with_curve, suffices
 from wasi_edge.training.head import FeatureStatistics, Head, accuracy_of_half, fit, fit_head, merge_statistics
 from wasi_edge.training.loop import schedule
 from wasi_edge.training.loss import cross_entropy
@@ -85,13 +86,42 @@ def test_head_of_fewer_photos_than_features_knows_new_photos():
     assert float(((fresh @ head.weight.t() + head.bias).argmax(1) == truth).float().mean()) > 0.9
 
 
+@pytest.mark.parametrize("spread", [0.0, 1e-6])
+@pytest.mark.parametrize(("count", "width"), [(10, 192), (300, 48), (300, 192)])
+def test_head_of_photos_that_are_all_alike_is_finite(count, width, spread):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(width, generator=generator).repeat(count, 1)
+    features = features + spread * torch.randn(count, width, generator=generator)
+    labels = torch.arange(count) % 2
+    head = fit_head(features, labels, 2)
+    assert bool(head.weight.isfinite().all()) and bool(head.bias.isfinite().all())
+    assert len(fit_with_curve(features, labels, 2, None)[1]) == 2
+
+
+def test_there_is_no_learning_curve_of_two_photos_a_class_or_of_photos_that_are_gone():
+    features, labels = clusters(per_class=2)
+    assert fit_with_curve(features, labels, 3, None)[1] == []
+    features, labels = clusters()
+    earlier = FeatureStatistics.of(features, labels, 3)
+    assert fit_with_curve(features, labels, 3, earlier)[1] == [] != fit_with_curve(features, labels, 3, None)[1]
+
+
+def test_a_rare_class_that_is_never_recognised_keeps_the_head_from_being_enough():
+    labels = torch.tensor([0] * 1000 + [1] * 5)
+    always_first = torch.tensor([[1.0, 0.0]]).repeat(len(labels), 1)
+    right = torch.nn.functional.one_hot(labels, 2).float()
+    curve = [{"photos": 500, "accuracy": 1.0}, {"photos": 1000, "accuracy": 1.0}]
+    assert not suffices(always_first, labels, curve) and suffices(right, labels, curve)
+    assert not suffices(right[:10], labels[:10], curve) and not suffices(right, labels, [])
+
+
 def test_accuracy_on_photos_left_out_is_that_on_new_ones_and_half_of_the_photos_knows_less():
-    features, labels = clusters(per_class=30, width=80, spread=2.0)
+    features, labels = clusters(per_class=30, width=80, spread=5.0)
     fitted = fit(features, labels, 3)
     generator = torch.Generator().manual_seed(2)
     centres, _ = clusters(per_class=1, width=80, spread=0.0)
     truth = torch.randint(0, 3, (3000,), generator=generator)
-    fresh = centres[truth] + 2.0 * torch.randn(3000, 80, generator=generator)
+    fresh = centres[truth] + 5.0 * torch.randn(3000, 80, generator=generator)
     logits = fresh @ fitted.head.weight.t() + fitted.head.bias
     known = float((logits.argmax(1) == truth).float().mean())
     assert abs(fitted.left_out_accuracy - known) < 0.1

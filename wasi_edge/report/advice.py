@@ -28,7 +28,7 @@ def _head_is_enough(report: Mapping[str, Any]) -> str | None:
         return None
     if report.get("head_sufficed"):
         return "The frozen head makes next to no mistakes, so nothing was trained: the network stays as it was."
-    if finite(report.get("epochs_run")):
+    if finite(report.get("epochs_run")) and report.get("status") in ("completed", "early_stopped"):
         return (
             "Training made nothing better of the frozen head, which is kept: --method head gives the same in a "
             "fraction of the time."
@@ -48,7 +48,7 @@ def _still_learning(report: Mapping[str, Any]) -> str | None:
     before = losses[3 * last // 4] if last > 3 else None
     if before is None or losses[last] is None or losses[last] > _FALLING * before:  # type: ignore[operator]
         return None
-    return "It was still learning at the end: --quality best takes longer and may know more."
+    return "It was still learning at the end: a longer run (--quality best, or more --epochs) may know more."
 
 
 def _more_photos(report: Mapping[str, Any]) -> str | None:

@@ -47,7 +47,7 @@ def render_finetune_report(report: Mapping[str, Any], photos: Sequence[ReportPho
         _details(report),
     )
     headline = glued(words.headline(report))
-    state = escape(words.STATUS_WORDS.get(status, status))
+    state = escape(words.status_text(report))
     header = (
         f"<p class='eyebrow'>wasi-edge report{eyebrow}</p>"
         f"<h1>{headline}</h1><p class='status {escape(status)}'>{state}</p>"
@@ -79,7 +79,7 @@ def _continuation(report: Mapping[str, Any]) -> str:
 
 def _advice(report: Mapping[str, Any]) -> str:
     items = "".join(f"<li>{glued(sentence)}</li>" for sentence in advice(report))
-    return section("What would help", f"<ul>{items}</ul>" if items else "")
+    return section("Advice", f"<ul>{items}</ul>" if items else "")
 
 
 def _usage(report: Mapping[str, Any]) -> str:

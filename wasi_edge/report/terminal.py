@@ -19,7 +19,6 @@ from rich.text import Text
 from wasi_edge.report.advice import advice
 from wasi_edge.report.svg import finite, printable
 from wasi_edge.report.words import (
-    STATUS_WORDS,
     accuracy_of,
     counted,
     figures,
@@ -27,6 +26,7 @@ from wasi_edge.report.words import (
     key_figures,
     per_class_rows,
     percent,
+    status_text,
 )
 from wasi_edge.units import format_duration, format_size
 
@@ -65,9 +65,9 @@ def _other_budget(other: Mapping[str, Any]) -> tuple[str, str]:
 def summary(report: Mapping[str, Any], out: str) -> RenderableType:
     """What a finished run prints: the headline, the figures behind it and the commands that come next."""
     status = str(report.get("status") or "")
-    rows = [("status", printable(STATUS_WORDS.get(status, status)))]
+    rows = [("status", printable(status_text(report)))]
     rows += [(label.lower(), f"{value} ({note})" if note else value) for label, value, note, _ in key_figures(report)]
-    rows += [("what would help", printable(sentence)) for sentence in advice(report)]
+    rows += [("advice", printable(sentence)) for sentence in advice(report)]
     if report.get("skipped_files"):
         rows.append(("why skipped", "the report lists every file and the reason"))
     run = shlex.quote(printable(out))

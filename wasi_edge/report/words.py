@@ -75,6 +75,14 @@ def epochs_text(report: Mapping[str, Any]) -> str:
     return counted(round(run or 0.0, 1), "epoch")
 
 
+def status_text(report: Mapping[str, Any]) -> str:
+    """How the run ended, in words."""
+    status = str(report.get("status") or "")
+    if status == "early_stopped" and report.get("head_sufficed"):
+        return "finished: the frozen head is enough"
+    return STATUS_WORDS.get(status, status)
+
+
 def accuracy_of(report: Mapping[str, Any]) -> float | None:
     """The saved model's held-out accuracy, from the best of the keys that carry it."""
     keys = ("best_val_accuracy", "final_val_accuracy", "head_only_val_accuracy")

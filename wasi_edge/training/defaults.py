@@ -7,8 +7,6 @@ from wasi_edge.method import Method, Optimizer, Quality
 GRADIENT_RANK = 32
 BATCH = 16
 PATIENCE = 5
-# of the frozen head, on at least so many photos it does not know, from which training could gain less than a point
-ENOUGH_ACCURACY, ENOUGH_PHOTOS = 0.99, 20
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 LABEL_SMOOTHING = 0.1
@@ -29,7 +27,7 @@ _SGD_RATE, _SGD_DENSE_RATE, _SGD_HEAD_RATE = 0.3, 2e-4, 8e-4
 
 # Optimiser steps that a run of each quality is as near to as whole epochs allow, and the epochs it stays between: few
 # photos are seen more often, many of them less often.
-_STEPS = {Quality.FAST: 150, Quality.DEFAULT: 200, Quality.BEST: 600}
+_STEPS = {Quality.FAST: 0, Quality.DEFAULT: 200, Quality.BEST: 600}
 _EPOCHS = {Quality.FAST: (6, 6), Quality.DEFAULT: (6, 12), Quality.BEST: (12, 24)}
 # Of the blocks, those that learn, counted from the end: the others would at a small share of the rate, and without them
 # as much is learned in two thirds of the time (`notes/LOG.md`).

@@ -24,7 +24,10 @@ from wasi_edge.chunks import HEAD_ROWS
 _SMOOTHING = 0.1
 # relative to the mean variance of a feature, times the number of photos
 _PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)
-_ROUNDING = 1e-12
+# of the mean square of a feature, below which a variance is rounding
+_ROUNDING = 1e-7
+# of standardised features: constant ones have none, and the penalty must not vanish with it
+_LEAST_VARIANCE = 0.1
 # 1 - h_i in float64 has an error of that order at the smallest penalty
 _LEAST_REMAINDER = 1e-9
 # of the largest standard deviation of a feature: one that hardly moves is not blown up
@@ -78,7 +81,7 @@ def balance(labels: Tensor, num_classes: int, chosen: Tensor | None = None) -> T
 
 
 class Fit(NamedTuple):
-    """A head, and its accuracy on each photo when it is fitted to others."""
+    """A head, and its accuracy on photos that it was fitted without, each class counted the same."""
 
     head: Head
     left_out_accuracy: float
@@ -90,7 +93,7 @@ def fit_head(features: Tensor, labels: Tensor, num_classes: int, earlier: Featur
 
 
 def accuracy_of_half(features: Tensor, labels: Tensor, num_classes: int) -> tuple[int, float]:
-    """Every second photo of each class: how many they are, and how well a head of theirs knows photos it never saw."""
+    """How many every second photo of each class are, and the accuracy on the others of a head fitted to them."""
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(num_classes):
         chosen[(labels == label).nonzero().flatten()[::2]] = True
@@ -148,7 +151,8 @@ def fit(
     sharpness = _best_sharpness(answers + prior, labels, weight)
     full = sharpness * solution * scale
     bias = sharpness * prior - full @ mean
-    accuracy = float(((answers + prior).argmax(1) == labels).float().mean())
+    unseen = balance(labels, num_classes, None if chosen is None else ~chosen)
+    accuracy = float((unseen * ((answers + prior).argmax(1) == labels)).sum() / unseen.sum().clamp_min(1e-12))
     return Fit(Head(full.float(), bias.float()), accuracy)
 
 
@@ -167,8 +171,7 @@ def _regularised_cholesky(scatter: Tensor, penalty: float) -> Tensor:
     five in all.
     """
     factor = scatter.clone()
-    variance = float(scatter.diagonal().mean().clamp_min(0))
-    factor.diagonal().add_(penalty * variance + _ROUNDING * max(variance, 1.0))
+    factor.diagonal().add_(penalty * max(float(scatter.diagonal().mean()), _LEAST_VARIANCE))
     return torch.linalg.cholesky(factor, out=factor)
 
 

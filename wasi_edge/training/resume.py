@@ -112,7 +112,6 @@ def _choices(prepared: Prepared) -> dict[str, Any]:
         "photos_found": photos_digest(prepared.folder, request.photos),
         "model": str(prepared.model.folder.resolve()),
         "method": str(request.method),
-        "quality": str(request.quality),
         "epochs": work.epochs,
         "batch": work.batch,
         "epsilon": prepared.model.epsilon,

@@ -23,13 +23,14 @@ from wasi_edge.memory.libraries import release_library_pages
 from wasi_edge.memory.malloc import release_free_memory, reuse_freed_memory, tune_malloc
 from wasi_edge.memory.process import MemoryWatch
 from wasi_edge.method import Method
-from wasi_edge.training import defaults, result, setup
+from wasi_edge.training import defaults, first_head, result, setup
 from wasi_edge.training.checkpoint import Checkpoint, drop_checkpoints, latest_checkpoint, save_checkpoint
 from wasi_edge.training.cooling import Cooler
+from wasi_edge.training.first_head import Curve, fit_with_curve
 from wasi_edge.training.frozen import TokenFile, cache_tokens, count_passes, identity_of
 from wasi_edge.training.guard import MemoryGuard
-from wasi_edge.training.head import FeatureStatistics, Head, accuracy_of_half, fit
-from wasi_edge.training.loop import Hooks, LoopSettings, Progress, Validation, note_epoch, train, validate
+from wasi_edge.training.head import FeatureStatistics, Head
+from wasi_edge.training.loop import Hooks, LoopSettings, Progress, note_epoch, train, validate
 from wasi_edge.training.onnx_result import Sample
 from wasi_edge.training.photos import PhotoSet, split_photos
 from wasi_edge.training.prepare import Prepared, with_ranks
@@ -71,7 +72,8 @@ class Session:
         self._photos = self._photo_set(train_indices, weighted=True)
         self._held_out = self._photo_set(val_indices, weighted=False)
         self._head_accuracy: float | None = None
-        self._learning_curve: list[dict[str, float]] = []
+        self._learning_curve: Curve = []
+        self._head_sufficed = False
         self._before: dict[str, Any] | None = None
         self._saved_at: float | None = None
         self._unsaved = False
@@ -94,7 +96,7 @@ class Session:
             self._start(trainer, progress)
         if self._prepared.request.method is Method.HEAD:
             status = "completed"
-        elif self._head_suffices():
+        elif self._head_sufficed:
             self._events.message("the frozen head makes next to no mistakes: there is nothing to train for")
             status = "early_stopped"
         else:
@@ -164,32 +166,19 @@ class Session:
         self._events.stage("looking at the photos", len(self._photos))
         features = result.features_of(trainer, self._photos, range(len(self._photos)), self._advance)
         labels, num_classes = self._photos.labels, len(self._prepared.labels)
-        fitted = fit(features, labels, num_classes, self._earlier_statistics()[0])
-        half, accuracy = accuracy_of_half(features, labels, num_classes)
+        head, self._learning_curve = fit_with_curve(features, labels, num_classes, self._earlier_statistics()[0])
         del features
-        self._learning_curve = [
-            {"photos": half, "accuracy": accuracy},
-            {"photos": len(labels), "accuracy": fitted.left_out_accuracy},
-        ]
-        trainer.set_head(fitted.head)
+        trainer.set_head(head)
         validation = validate(trainer, self._held_out, self._events)
         self._head_accuracy = validation.accuracy
+        # whoever gives the number of epochs gets them
+        enough = first_head.suffices(validation.logits, self._held_out.labels, self._learning_curve)
+        self._head_sufficed = enough and self._prepared.request.epochs is None
         progress.best_accuracy = -1.0 if validation.accuracy is None else validation.accuracy
         progress.best_loss = math.inf if validation.loss is None else validation.loss
         entry = note_epoch(progress, 0, validation, self._elapsed(), self._watch.peak_rss_bytes)
         self._save_model(trainer)
         self._events.epoch(entry)
-
-    def _head_suffices(self) -> bool:
-        """Whether the frozen head is right on next to all photos that it does not know, so that nothing can be gained.
-        Whoever gives the number of epochs gets them."""
-        if self._head_accuracy is None or not self._learning_curve or self._prepared.request.epochs is not None:
-            return False
-        left_out = self._learning_curve[-1]["accuracy"]
-        return (
-            min(self._head_accuracy, left_out) >= defaults.ENOUGH_ACCURACY
-            and len(self._held_out) >= defaults.ENOUGH_PHOTOS
-        )
 
     def _finish(self, trainer: Trainer, progress: Progress, status: str) -> dict[str, Any]:
         """The best model again, its held-out photos, the statistics for a later run, the reports."""
@@ -202,7 +191,10 @@ class Session:
         result.save_statistics(trainer, self._photos, len(self._prepared.labels), earlier, self._out)
         report = {**self._report(status, progress), **held_out}
         if self._prepared.model.is_run:
-            report["continued_from"] = self._continuation(validation)
+            report["continued_from"] = {
+                **result.old_and_new(self._prepared, validation, self._held_out),
+                **(self._before or {}),
+            }
         result.write_reports(report, photos, self._out)
         self.sample = self._sample(trainer)
         write_run_photos(
@@ -244,7 +236,7 @@ class Session:
             "total_seconds": round(self._elapsed(), 2),
             "images_per_second": round(seen / progress.train_seconds, 2) if progress.train_seconds else None,
             "head_only_val_accuracy": self._head_accuracy,
-            "head_sufficed": self._head_suffices(),
+            "head_sufficed": self._head_sufficed,
             "learning_curve": self._learning_curve,
             "best_val_accuracy": None if progress.best_accuracy < 0 else progress.best_accuracy,
             "best_epoch": progress.best_epoch,
@@ -264,6 +256,7 @@ class Session:
                 "progress": progress.to_dict(),
                 "head_accuracy": self._head_accuracy,
                 "learning_curve": self._learning_curve,
+                "head_sufficed": self._head_sufficed,
                 "before": self._before,
             },
         )
@@ -284,6 +277,7 @@ class Session:
         trainer.load_state(checkpoint.tensors())
         self._head_accuracy = checkpoint.progress["head_accuracy"]
         self._learning_curve = checkpoint.progress.get("learning_curve", [])
+        self._head_sufficed = checkpoint.progress.get("head_sufficed", False)
         self._before = checkpoint.progress["before"]
         self._resumed_from = checkpoint.step
         self._saved_at = time.monotonic()
@@ -356,22 +350,6 @@ class Session:
         validation = validate(trainer, self._held_out, self._events, "the earlier model on these photos")
         old = set(range(len(bias)))
         return {"old_class_accuracy_before": result.accuracy_on(validation, self._held_out, old)}
-
-    def _continuation(self, validation: Validation) -> dict[str, Any]:
-        """Old and new classes, before and after."""
-        config = self._prepared.model.config
-        assert config is not None
-        labels, old_count = self._prepared.labels, len(config.labels)
-        present = set(self._cache.labels)
-        return {
-            "model": str(self._prepared.model.folder),
-            "old_classes": list(labels[:old_count]),
-            "new_classes": list(labels[old_count:]),
-            "absent_classes": [label for label in labels if label not in present],
-            **(self._before or {}),
-            "old_class_accuracy": result.accuracy_on(validation, self._held_out, set(range(old_count))),
-            "new_class_accuracy": result.accuracy_on(validation, self._held_out, set(range(old_count, len(labels)))),
-        }
 
     def _photo_set(self, indices: list[int], weighted: bool) -> PhotoSet:
         number = {label: index for index, label in enumerate(self._prepared.labels)}
