@@ -115,5 +115,5 @@ def test_the_table_pairs_splits_and_leaves_out_what_is_not_there(
     assert row["candidate"] == first  # which is ahead on flowers
     assert row[OURS] == pytest.approx(80.5) and row["- vanilla"] == pytest.approx(-5) and row["lite0, frozen"] == 50
     assert row["- head"] is None and rows["flowers-20"]["candidate"] == second
-    assert rows["mean"]["vanilla"] == pytest.approx(85) and rows["mean"]["- head"] is None
+    assert rows["mean of 2"]["vanilla"] == pytest.approx(85) and rows["mean of 2"]["- head"] is None
     assert rows[f"candidate: {first}"][OURS] == pytest.approx(75.5)
