@@ -7,7 +7,8 @@ one that defaults are chosen by, checked in under `splits/`; `random_split` is d
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,14 +66,21 @@ def load_photos(name: str, preprocessing: Preprocessing, per_class: int | None =
     folder = ROOT / name
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is absent: these photos are not part of the project")
-    tiles = _mosaic_tiles(folder) if name == "cifar10" else _folder_photos(folder)
+    taken: Counter[str] = Counter()
+
+    def is_wanted(label: str) -> bool:
+        taken[label] += 1
+        return taken[label] > first and (per_class is None or taken[label] <= first + per_class)
+
+    every = _mosaic_tiles(folder) if name == "cifar10" else _folder_photos(folder)
+    return shrunk_photos((entry for entry in every if is_wanted(entry[0])), preprocessing)
+
+
+def shrunk_photos(entries: Iterable[tuple[str, str, Path | Image.Image]], preprocessing: Preprocessing) -> Photos:
+    """Pictures with their classes and names, shrunk as `finetune` does; classes in the order they come in."""
     shrunk, names, labels = [], [], []
     classes: list[str] = []
-    taken: dict[str, int] = {}
-    for label, photo, image in tiles:
-        taken[label] = number = taken.get(label, 0) + 1
-        if number <= first or (per_class is not None and number > first + per_class):
-            continue
+    for label, photo, image in entries:
         if label not in classes:
             classes.append(label)
         opened = open_photo(image, preprocessing.resize_side) if isinstance(image, Path) else image

@@ -13,12 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from benchmarks.accuracy.datasets import ROOT, Photos, Split, all_photos
+from benchmarks.accuracy.datasets import ROOT, Photos, Split, all_photos, shrunk_photos
 from benchmarks.mosaics import tiles_of
-from wasi_edge.preprocess import open_photo, shrink
 from wasi_edge.preprocessing import Preprocessing
 
 SPLITS = (0, 1, 2)
@@ -104,16 +102,7 @@ def reserved_classes() -> tuple[str, ...]:
 def _photos(task: Task, preprocessing: Preprocessing) -> Photos:
     if not (ROOT / task.data).is_dir():
         raise FileNotFoundError(f"{ROOT / task.data} is absent: these photos are not part of the project")
-    shrunk, names, labels = [], [], []
-    classes: list[str] = []
-    for label, name, image in _pictures(task):
-        if label not in classes:
-            classes.append(label)
-        opened = open_photo(image, preprocessing.resize_side) if isinstance(image, Path) else image
-        shrunk.append(shrink(opened, preprocessing))
-        names.append(name)
-        labels.append(classes.index(label))
-    return Photos(shrunk, names, torch.tensor(labels), classes, preprocessing)
+    return shrunk_photos(_pictures(task), preprocessing)
 
 
 def _pictures(task: Task) -> Iterator[tuple[str, str, Path | Image.Image]]:

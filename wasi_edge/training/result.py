@@ -20,7 +20,6 @@ from wasi_edge.tensorfile import TensorFile, TensorWriter
 from wasi_edge.training.head import FeatureStatistics, merge_statistics
 from wasi_edge.training.loop import Validation
 from wasi_edge.training.photos import PhotoSet
-from wasi_edge.training.prepare import Prepared
 from wasi_edge.training.trainer import Trainer
 
 STATISTICS_NAME = "statistics.safetensors"
@@ -71,13 +70,11 @@ def accuracy_on(validation: Validation, held_out: PhotoSet, classes: set[int]) -
     return float(hits.float().mean())
 
 
-def old_and_new(prepared: Prepared, validation: Validation, held_out: PhotoSet) -> dict[str, Any]:
-    """The classes that an earlier run knew and those that are new, and how well each are recognised now."""
-    config, labels = prepared.model.config, prepared.labels
-    assert config is not None
-    count, present = len(config.labels), set(held_out.cache.labels)
+def old_and_new(labels: Sequence[str], count: int, validation: Validation, held_out: PhotoSet) -> dict[str, Any]:
+    """The first `count` of the labels, which an earlier run knew, those that are new, and how well each are recognised
+    now."""
+    present = set(held_out.cache.labels)
     return {
-        "model": str(prepared.model.folder),
         "old_classes": list(labels[:count]),
         "new_classes": list(labels[count:]),
         "absent_classes": [label for label in labels if label not in present],

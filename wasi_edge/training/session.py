@@ -191,10 +191,11 @@ class Session:
         result.save_statistics(trainer, self._photos, len(self._prepared.labels), earlier, self._out)
         report = {**self._report(status, progress), **held_out}
         if self._prepared.model.is_run:
-            report["continued_from"] = {
-                **result.old_and_new(self._prepared, validation, self._held_out),
-                **(self._before or {}),
-            }
+            model = self._prepared.model
+            assert model.config is not None
+            classes = self._prepared.labels, len(model.config.labels)
+            now = result.old_and_new(*classes, validation, self._held_out)
+            report["continued_from"] = {"model": str(model.folder), **now, **(self._before or {})}
         result.write_reports(report, photos, self._out)
         self.sample = self._sample(trainer)
         write_run_photos(
