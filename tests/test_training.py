@@ -103,7 +103,7 @@ def test_there_is_no_learning_curve_of_two_photos_a_class_or_of_photos_that_are_
     assert fit_with_curve(features, labels, 3, None)[1] == []
     features, labels = clusters()
     earlier = FeatureStatistics.of(features, labels, 3)
-    assert fit_with_curve(features, labels, 3, earlier)[1] == [] != fit_with_curve(features, labels, 3, None)[1]
+    assert fit_with_curve(features, labels, 3, lambda: earlier)[1] == [] != fit_with_curve(features, labels, 3, None)[1]
 
 
 def test_a_rare_class_that_is_never_recognised_keeps_the_head_from_being_enough():

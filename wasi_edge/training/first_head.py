@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,14 +20,14 @@ Curve = list[dict[str, float]]
 
 
 def fit_with_curve(
-    features: Tensor, labels: Tensor, num_classes: int, earlier: FeatureStatistics | None
+    features: Tensor, labels: Tensor, num_classes: int, load_earlier: Callable[[], FeatureStatistics | None] | None
 ) -> tuple[Head, Curve]:
     """The head of features (n, F) with labels (n,), and its learning curve: empty where a class has very few photos, or
-    where photos of an `earlier` run count too (as for `head.fit`)."""
-    continued = earlier is not None
-    whole = fit(features, labels, num_classes, earlier)
+    where photos of an earlier run count too (as for `head.fit`), whose statistics are loaded for the fit alone: they
+    are as large as the fit itself, which lets go of them on the way."""
+    whole = fit(features, labels, num_classes, None if load_earlier is None else load_earlier())
     counts = torch.bincount(labels, minlength=num_classes)
-    if continued or int(counts[counts > 0].min()) < _FEWEST_OF_CLASS:
+    if load_earlier is not None or int(counts[counts > 0].min()) < _FEWEST_OF_CLASS:
         return whole.head, []
     half, accuracy = accuracy_of_half(features, labels, num_classes)
     curve: Curve = [

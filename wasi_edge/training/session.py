@@ -166,7 +166,8 @@ class Session:
         self._events.stage("looking at the photos", len(self._photos))
         features = result.features_of(trainer, self._photos, range(len(self._photos)), self._advance)
         labels, num_classes = self._photos.labels, len(self._prepared.labels)
-        head, self._learning_curve = fit_with_curve(features, labels, num_classes, self._earlier_statistics()[0])
+        earlier = (lambda: self._earlier_statistics()[0]) if self._prepared.model.is_run else None
+        head, self._learning_curve = fit_with_curve(features, labels, num_classes, earlier)
         del features
         trainer.set_head(head)
         validation = validate(trainer, self._held_out, self._events)
