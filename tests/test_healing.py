@@ -13,8 +13,8 @@ from photos import save_jpeg, scene
 from PIL import Image
 from tiny_artefact import write_tiny
 
-from benchmarks.accuracy.datasets import all_photos
 from benchmarks.accuracy import tasks
+from benchmarks.accuracy.datasets import all_photos
 from benchmarks.default_model import heal, overlap, pictures, teachers
 from benchmarks.default_model.pictures import all_tiles, photo_paths, read_tiles
 from benchmarks.mosaics import TILE

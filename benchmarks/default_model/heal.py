@@ -68,7 +68,7 @@ class Options:
     `lr`: the highest of the network's parameters, on a cosine over `steps`.
     """
 
-    steps: int = 2700
+    steps: int = 6000
     lr: float = 1.5e-5
     seed: int = 0
     bfloat16: bool = False
