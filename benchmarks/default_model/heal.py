@@ -105,7 +105,8 @@ class Healing:
             dense, student = (build_vanilla(config.geometry, read, self.preprocessing.image_size, 1) for _ in range(2))
         assert isinstance(dense, VanillaViT) and isinstance(student, VanillaViT)
         before = Sized(dense.eval().requires_grad_(False), position, sizes, options.bfloat16)
-        self.dense = DenseTeacher.over(before, self._normalised(self._views(PHOTO_STEPS[0][0], SPREAD_OVER)))
+        views = self.photos.of_all(FITTED_CROPS, SPREAD_OVER)
+        self.dense = DenseTeacher.over(before, self._normalised(shrunk(views, PHOTO_STEPS[0][0])))
         position = torch.from_numpy(artefact.tensors.read("position", np.float32))
         self.student = Sized(in_factors(student, artefact), position, sizes, options.bfloat16)
         self.readers = Readers(config.geometry.feature_width, tiles.classes)
@@ -119,15 +120,13 @@ class Healing:
     @torch.no_grad()
     def fit_readers(self, tiles: Tiles) -> None:
         """In closed form, on one crop of every photo and some tiles of each class."""
-        views = self._views(None, None)
-        parts = [views[first : first + AT_ONCE] for first in range(0, len(views), AT_ONCE)]
-        answers = [self.rival.answers(torch.from_numpy(part)) for part in parts]
-        read = self._read(parts, PHOTO_STEPS[0][0])
+        views = self.photos.of_all(FITTED_CROPS)
+        answers = [self.rival.answers(part) for part in torch.from_numpy(views).split(AT_ONCE)]
+        read = self._read(views, PHOTO_STEPS[0][0])
         self.readers.fit(read, *(torch.cat(found) for found in zip(*answers, strict=True)))
         chosen = tiles.spread(FITTED_ON_EACH * tiles.classes)
-        small = dataclasses.replace(self.tiles, pictures=[tiles.pictures[i] for i in chosen])
-        crops = small.of_all(TILE_CROPS)
-        read = self._read([crops[first : first + AT_ONCE] for first in range(0, len(crops), AT_ONCE)], None)
+        some = dataclasses.replace(self.tiles, pictures=[tiles.pictures[i] for i in chosen])
+        read = self._read(some.of_all(TILE_CROPS), TILE_STEPS[0][0])
         head = fit_head(read, torch.from_numpy(tiles.labels[chosen]), tiles.classes)
         self.readers.tiles.weight.copy_(head.weight)
         self.readers.tiles.bias.copy_(head.bias)
@@ -185,18 +184,13 @@ class Healing:
         self.optimizer.load_state_dict(state["optimizer"])
         self.done = state["step"]
 
-    def _views(self, size: int | None, count: int | None) -> np.ndarray:
-        """One large crop of each photo, uint8 (count, S, S, 3)."""
-        views = self.photos.of_all(FITTED_CROPS, count)
-        return views if size is None else shrunk(views, size)
-
     def _normalised(self, views: np.ndarray) -> Tensor:
         return torch.from_numpy(normalise(views, self.preprocessing))
 
-    def _read(self, parts: Sequence[np.ndarray], size: int | None) -> Tensor:
-        """What a head reads of all parts, (n, F)."""
-        sized = (part if size is None else shrunk(part, size) for part in parts)
-        return torch.cat([self.student.see(self._normalised(part))[1] for part in sized])
+    def _read(self, views: np.ndarray, size: int) -> Tensor:
+        """What a head reads of all views at that input size, (n, F)."""
+        parts = (views[first : first + AT_ONCE] for first in range(0, len(views), AT_ONCE))
+        return torch.cat([self.student.see(self._normalised(shrunk(part, size)))[1] for part in parts])
 
 
 def _digest(photos: Sequence[str], tiles: Tiles, artefact: Artefact) -> str:
